@@ -1,0 +1,55 @@
+# make distill   train a teacher and distil students on real images, from nothing
+# make test      the whole test suite, from nothing
+# make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
+# make build     compile the extension again after a change under csrc/
+#
+# Everything is installed into .venv. PYTHON=python3.12 picks the interpreter; TORCH="torch==2.12.0" the torch to install;
+# TORCH= (empty) takes a torch that the interpreter already has.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(shell find csrc -type f) setup.py
+
+.PHONY: distill test bench bench-quick bench-pytest build lint clean
+
+distill: $(READY)
+	$(BIN)/vrm-distill $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench-quick: $(READY)
+	$(BIN)/python -m benchmarks.run --quick $(ARGS)
+
+bench-pytest: $(READY)
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+build: $(READY)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
+
+# The extension compiles against the torch it will run with, so torch comes first and the build is not isolated.
+$(VENV)/.tools: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel pybind11 ninja
+	touch $@
+
+$(READY): $(VENV)/.tools $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,bench]"
+	@$(BIN)/python -c "import vrm_kernels; print(vrm_kernels.backends.describe())"
+	touch $@
+
+lint: $(READY)
+	$(BIN)/python -m pip install --quiet ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info vrm_kernels/_C*.so vrm_kernels/_build_report.py

@@ -1,0 +1,48 @@
+// The VRM loss on the CPU: one relation graph, or both graphs of the loss, with the gradients, in one call.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "graph.h"
+
+#include <vector>
+
+namespace vrm {
+
+// Where a side's gradient is added: vertices before `cut` to `first`, the others, counted from there, to `second`.
+template <class T> struct GradTarget {
+  T *first, *second;
+  int64_t cut, vertex_stride, dim_stride;
+};
+
+// How the edges are visited: as measured to be faster, or, for tests and measurements, one way always.
+enum class EdgesForm { measured, kept_only, dense };
+EdgesForm edges_form();
+void set_edges_form(EdgesForm form);
+
+template <class T> struct GraphInput {
+  int64_t rows, columns, dims, depth;
+  Strided<T> student_a, student_b, teacher_a, teacher_b;
+  Strided<T> probs, log_probs;  // P of side a and log(P' + 1e-7) of side b; unused where keep_all
+  bool keep_all, exclude_self, need_grad;
+  int64_t rank;        // the threshold is lerp(sorted[rank], sorted[rank + 1], lerp_weight) of the entropies
+  double lerp_weight;
+  double delta, weight;  // weight: of this graph's loss in the gradient
+  GradTarget<T> grad_a, grad_b;
+};
+
+struct GraphResult {
+  double loss;
+  int64_t kept;
+};
+
+// Adds to the gradient targets. All inputs must stay alive; nothing is modified but the targets.
+template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs);
+
+// Exact order statistics (sorted[rank], sorted[rank + 1]) of a contiguous array; NaN if any value is.
+template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high);
+
+// torch's own lerp, so that a threshold has the bits torch.quantile gives it.
+template <class T> T lerp(T low, T high, double weight);
+
+}  // namespace vrm

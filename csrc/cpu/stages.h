@@ -1,0 +1,30 @@
+// Where the time goes: wall time of each stage of a graph, summed over calls until read. For the benchmarks.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+namespace vrm {
+
+enum class Stage { center, pack, entropy, threshold, edges, gradient, count };
+inline const char* const kStageNames[] = {"center", "pack", "entropy", "threshold", "edges", "gradient"};
+inline std::atomic<int64_t> stage_nanoseconds[static_cast<int>(Stage::count)];
+
+class StageTimer {
+ public:
+  explicit StageTimer(Stage stage) : stage_(stage), start_(std::chrono::steady_clock::now()) {}
+  ~StageTimer() {
+    const auto elapsed = std::chrono::steady_clock::now() - start_;
+    stage_nanoseconds[static_cast<int>(stage_)].fetch_add(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count(), std::memory_order_relaxed);
+  }
+  StageTimer(const StageTimer&) = delete;
+  StageTimer& operator=(const StageTimer&) = delete;
+
+ private:
+  const Stage stage_;
+  const std::chrono::steady_clock::time_point start_;
+};
+
+}  // namespace vrm

@@ -1,0 +1,188 @@
+// The CPU operators: arguments to the kernels' own structures, and the schemas.
+#include "cpu/relation_graph.h"
+
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+namespace vrm {
+namespace {
+
+using at::Tensor;
+
+// Float64 if any input is, else float32; dense, so that one stride of each matrix is 1.
+at::ScalarType compute_type(at::TensorList tensors) {
+  for (const Tensor& x : tensors)
+    if (x.scalar_type() == at::kDouble) return at::kDouble;
+  return at::kFloat;
+}
+
+Tensor prepare(const Tensor& x, at::ScalarType type) {
+  const Tensor y = x.to(type);
+  return y.stride(1) == 1 || y.stride(0) == 1 ? y : y.contiguous();
+}
+
+template <class T> Strided<T> rows_of(const Tensor& x) { return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)}; }
+template <class T> Strided<T> columns_of(const Tensor& x) { return {x.const_data_ptr<T>(), x.stride(1), x.stride(0)}; }
+
+Tensor log_probs(const Tensor& probs) { return at::log(at::add(probs, 1e-7)); }
+
+Tensor scalar(double value, at::ScalarType type) { return at::scalar_tensor(value, at::TensorOptions().dtype(type)); }
+
+Tensor zero_grad(const Tensor& x, bool needed) {
+  return needed ? at::zeros(x.sizes(), x.options()) : at::empty({0}, x.options());
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor, Tensor> relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
+                                                          const Tensor& teacher_b, const Tensor& probs,
+                                                          const Tensor& log_probs, int64_t rank, double lerp_weight,
+                                                          double delta, bool exclude_self, bool need_grad) {
+  const auto grad_a = zero_grad(a, need_grad), grad_b = zero_grad(b, need_grad);
+  GraphInput<T> input{};
+  input.rows = a.size(0), input.columns = b.size(0), input.dims = a.size(1);
+  input.student_a = rows_of<T>(a), input.student_b = rows_of<T>(b);
+  input.teacher_a = rows_of<T>(teacher_a), input.teacher_b = rows_of<T>(teacher_b);
+  input.keep_all = !probs.defined();
+  if (probs.defined()) {
+    input.depth = probs.size(1);
+    input.probs = rows_of<T>(probs), input.log_probs = rows_of<T>(log_probs);
+  }
+  input.exclude_self = exclude_self, input.need_grad = need_grad;
+  input.rank = rank, input.lerp_weight = lerp_weight;
+  input.delta = delta, input.weight = 1;
+  input.grad_a = {grad_a.template mutable_data_ptr<T>(), nullptr, input.rows, input.dims, 1};
+  input.grad_b = {grad_b.template mutable_data_ptr<T>(), nullptr, input.columns, input.dims, 1};
+  const GraphResult result = run_graphs<T>({input})[0];
+  return {scalar(result.loss, a.scalar_type()), grad_a, grad_b, scalar(static_cast<double>(result.kept), at::kLong)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, const Tensor& b,
+                                                              const Tensor& teacher_a, const Tensor& teacher_b,
+                                                              const std::optional<Tensor>& probs_a,
+                                                              const std::optional<Tensor>& probs_b, int64_t rank,
+                                                              double lerp_weight, double delta, bool exclude_self,
+                                                              bool need_grad) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto type = compute_type({a, b, teacher_a, teacher_b});
+  Tensor p, l;
+  if (probs_a.has_value()) {
+    p = prepare(*probs_a, type);
+    l = prepare(log_probs(probs_b->to(type)), type);
+  }
+  const auto run = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
+  return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, rank,
+             lerp_weight, delta, exclude_self, need_grad);
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
+                const Tensor& teacher_virtual, double alpha, double beta, at::IntArrayRef ranks,
+                at::ArrayRef<double> lerp_weights, bool keep_all, double delta, bool complete, bool need_grad) {
+  const int64_t samples = student_real.size(0), classes = student_real.size(1);
+  const auto grad_real = zero_grad(student_real, need_grad), grad_virtual = zero_grad(student_virtual, need_grad);
+  Tensor p_real, p_virtual, l_real, l_virtual;
+  if (!keep_all) {
+    p_real = at::softmax(student_real, 1);
+    p_virtual = at::softmax(student_virtual, 1);
+    l_virtual = log_probs(p_virtual);
+    if (complete) l_real = log_probs(p_real);
+  }
+  std::vector<Tensor> alive;
+  std::vector<GraphInput<T>> inputs;
+  for (int graph = 0; graph < 2; ++graph) {
+    const bool by_class = graph == 1;
+    // One side's matrix: the first view's or the second's, or both views' vertices in one set.
+    const auto side = [&](const Tensor& real, const Tensor& virtual_view, bool second) {
+      if (!real.defined() && !virtual_view.defined()) return Strided<T>{};
+      Tensor x = second ? virtual_view : real;
+      if (complete) {
+        x = at::cat({real, virtual_view}, by_class ? 1 : 0);
+        alive.push_back(x);
+      }
+      return by_class ? columns_of<T>(x) : rows_of<T>(x);
+    };
+    GraphInput<T> input{};
+    const int64_t vertices = by_class ? classes : samples;
+    input.rows = input.columns = complete ? 2 * vertices : vertices;
+    input.dims = input.depth = by_class ? samples : classes;
+    input.student_a = side(student_real, student_virtual, false);
+    input.teacher_a = side(teacher_real, teacher_virtual, false);
+    input.student_b = complete ? input.student_a : side(student_real, student_virtual, true);
+    input.teacher_b = complete ? input.teacher_a : side(teacher_real, teacher_virtual, true);
+    input.keep_all = keep_all;
+    if (!keep_all) {
+      input.probs = side(p_real, p_virtual, false);
+      input.log_probs = side(complete ? l_real : l_virtual, l_virtual, true);
+    }
+    input.exclude_self = complete, input.need_grad = need_grad;
+    input.rank = ranks[graph], input.lerp_weight = lerp_weights[graph];
+    input.delta = delta, input.weight = by_class ? beta : alpha;
+    T *real = grad_real.template mutable_data_ptr<T>(), *virtual_view = grad_virtual.template mutable_data_ptr<T>();
+    const int64_t vertex_stride = by_class ? 1 : classes, dim_stride = by_class ? classes : 1;
+    input.grad_a = {real, virtual_view, vertices, vertex_stride, dim_stride};
+    input.grad_b = {virtual_view, nullptr, vertices, vertex_stride, dim_stride};
+    if (complete) input.grad_b = input.grad_a;
+    inputs.push_back(input);
+  }
+  const auto results = run_graphs<T>(inputs);
+  const auto terms = at::empty({2}, student_real.options());
+  const auto kept = at::empty({2}, at::TensorOptions().dtype(at::kLong));
+  for (int graph = 0; graph < 2; ++graph) {
+    terms.template mutable_data_ptr<T>()[graph] = static_cast<T>(results[graph].loss);
+    kept.template mutable_data_ptr<int64_t>()[graph] = results[graph].kept;
+  }
+  const auto type = student_real.scalar_type();
+  return {scalar(alpha * results[0].loss + beta * results[1].loss, type), grad_real, grad_virtual, terms, kept};
+}
+
+Five cpu_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
+                    const Tensor& teacher_virtual, double alpha, double beta, at::IntArrayRef ranks,
+                    at::ArrayRef<double> lerp_weights, bool keep_all, double delta, bool complete, bool need_grad) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto type = compute_type({student_real, student_virtual, teacher_real, teacher_virtual});
+  const auto dense = [type](const Tensor& x) { return x.to(type).contiguous(); };
+  const auto run = type == at::kDouble ? vrm_graphs<double> : vrm_graphs<float>;
+  return run(dense(student_real), dense(student_virtual), dense(teacher_real), dense(teacher_virtual), alpha, beta,
+             ranks, lerp_weights, keep_all, delta, complete, need_grad);
+}
+
+template <class T> void quantiles(const Tensor& x, const Tensor& below, const Tensor& weight, const Tensor& low,
+                                  const Tensor& high) {
+  for (int64_t k = 0; k < below.numel(); ++k)
+    order_statistics(x.const_data_ptr<T>(), x.numel(), below.const_data_ptr<int64_t>()[k],
+                     low.mutable_data_ptr<T>() + k, high.mutable_data_ptr<T>() + k);
+}
+
+Tensor cpu_quantile(const Tensor& x, const Tensor& below, const Tensor& weight) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensor values = x.contiguous(), ranks = below.contiguous();
+  const Tensor low = at::empty_like(ranks, values.options()), high = at::empty_like(low);
+  const auto run = values.scalar_type() == at::kDouble ? quantiles<double> : quantiles<float>;
+  run(values, ranks, weight, low, high);
+  return at::lerp(low, high, weight);
+}
+
+}  // namespace
+}  // namespace vrm
+
+TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+  m.def(
+      "cpu_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
+      "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad) "
+      "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
+  m.def(
+      "cpu_vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
+      "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
+      "bool need_grad) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
+  m.def("cpu_quantile(Tensor x, Tensor below, Tensor weight) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(vrm_kernels, CPU, m) {
+  m.impl("cpu_relation_graph", vrm::cpu_relation_graph);
+  m.impl("cpu_vrm_graphs", vrm::cpu_vrm_graphs);
+  m.impl("cpu_quantile", vrm::cpu_quantile);
+}

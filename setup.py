@@ -1,0 +1,71 @@
+"""Builds vrm_kernels._C where it can; where it cannot, installs the pure-Python package and says so, loudly."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+REPORT = ROOT / "vrm_kernels" / "_build_report.py"
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for p in (ROOT / "csrc").glob(f"**/{pattern}"))
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-Wno-psabi",  # vectors are passed between inlined functions only
+    "-Wno-ignored-attributes",  # alignment of a vector type as a template argument, which is given back on every load
+    "-fvisibility=hidden",
+    # Neither changes a value: sqrt need not set errno, and floating exceptions are not trapped. Without them the
+    # compiler keeps the square roots and the selections of the edge loop scalar.
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",  # fused multiply-add, the default of GCC outside ISO mode
+    # at::parallel_for is inlined here and needs it. Not given to the linker: the symbols must come from the OpenMP
+    # runtime that torch has loaded, because two runtimes' threads would spin against each other.
+    "-fopenmp",
+]
+
+
+def report(reason: str) -> None:
+    """Leaves the reason where describe() finds it."""
+    REPORT.write_text(f'"""Written by setup.py: why vrm_kernels._C is missing; empty where it was built."""\n\nREASON = {reason!r}\n')
+    if reason:
+        banner = "!" * 88
+        print(f"{banner}\nvrm_kernels: the fast CPU backend `cpp` was NOT built: {reason}\n"
+              f"The pure-PyTorch backend `torch` will be used instead.\n{banner}", file=sys.stderr)
+
+
+def extension():
+    """``(ext_modules, cmdclass)`` for setup(), empty where the extension cannot be built."""
+    if os.environ.get("VRM_KERNELS_NO_EXTENSION"):  # of the build alone: nothing reads it at run time
+        report("the build was told to leave it out (VRM_KERNELS_NO_EXTENSION)")
+        return [], {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
+    except ImportError as error:
+        report(f"torch is needed to build it and is not installed here ({error}); "
+               "install torch first and build with --no-build-isolation")
+        return [], {}
+
+    class Build(BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:  # whatever a toolchain fails with, the package still installs
+                if os.environ.get("VRM_KERNELS_REQUIRE_EXTENSION"):
+                    raise
+                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                report(f"the compiler {get_cxx_compiler()!r} failed: {lines[0] if lines else type(error).__name__}")
+                self.extensions = []
+
+    module = CppExtension("vrm_kernels._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS})
+    report("")
+    return [module], {"build_ext": Build}
+
+
+modules, commands = extension()
+version = re.search(r'__version__ = "([^"]+)"', (ROOT / "vrm_kernels" / "__init__.py").read_text()).group(1)
+setup(version=version, ext_modules=modules, cmdclass=commands)

@@ -1,0 +1,51 @@
+"""The `cpp` backend: the fused C++ kernels of ``csrc/cpu``, loss and both gradients in one call."""
+
+import torch
+
+import vrm_kernels._C  # noqa: F401  registers the operators
+from vrm_kernels import ops, pruning
+
+_cpu = torch.ops.vrm_kernels
+
+
+def _threshold_rank(rows, columns, percentile, exclude_self, dtype) -> tuple[int, float]:
+    return pruning.rank(percentile / 100, pruning.edge_count(rows, columns, exclude_self), dtype)
+
+
+def relation_graph(a, b, teacher_a, teacher_b, probs, percentile, delta, exclude_self, need_grad):
+    dtype = ops.compute_dtype(a, b, teacher_a, teacher_b)
+    rank, weight = _threshold_rank(a.shape[0], b.shape[0], percentile, exclude_self, dtype)
+    p, q = (None, None) if probs is None or percentile == 100 else probs
+    loss, grad_a, grad_b, kept = _cpu.cpu_relation_graph(
+        a, b, teacher_a, teacher_b, p, q, rank, weight, delta, exclude_self, need_grad
+    )
+    return loss, kept, grad_a, grad_b
+
+
+def vrm_graphs(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad):
+    dtype = ops.compute_dtype(s, v, t, u)
+    views = 2 if complete else 1
+    ranks, weights = zip(
+        *(_threshold_rank(views * n, views * n, percentile, complete, dtype) for n in s.shape), strict=True
+    )
+    keep_all = percentile == 100
+    return _cpu.cpu_vrm_graphs(s, v, t, u, alpha, beta, ranks, weights, keep_all, delta, complete, need_grad)
+
+
+def quantile(x, below, weight):
+    return _cpu.cpu_quantile(x, below, weight)
+
+
+@torch.library.register_fake("vrm_kernels::cpu_relation_graph")
+def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, exclude_self, need_grad):
+    return ops.relation_graph_fake(a, b, teacher_a, teacher_b, need_grad)
+
+
+@torch.library.register_fake("vrm_kernels::cpu_vrm_graphs")
+def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad):
+    return ops.vrm_graphs_fake(s, v, t, u, need_grad)
+
+
+@torch.library.register_fake("vrm_kernels::cpu_quantile")
+def _(x, below, weight):
+    return torch.empty_like(weight)

@@ -1,0 +1,55 @@
+"""The formulas of Virtual Relation Matching (arXiv 2502.20760), literally: the oracle.
+
+Plain differentiable PyTorch, any dtype, twice differentiable, one or two dozen ``[M, N, D]`` tensors alive at once.
+This is also the eager class that the benchmarks compare with: there is no second copy of these formulas.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm_kernels import pruning
+
+RELATION_EPS = 1e-7
+COUNT_EPS = 1e-7
+
+
+def relations(a: Tensor, b: Tensor, exclude_self: bool = False) -> Tensor:
+    """``e_ij = (a_i - b_j) / (||a_i - b_j|| + 1e-7)`` of ``[M, D]`` and ``[N, D]``: ``[M, N, D]``."""
+    difference = a[:, None] - b[None]
+    if exclude_self:  # edges that do not exist: any constant, whose derivatives are zero as those at d = 0 are not
+        difference = difference.masked_fill(torch.eye(len(a), dtype=torch.bool, device=a.device)[..., None], 1.0)
+    return difference / (difference.norm(dim=-1, keepdim=True) + RELATION_EPS)
+
+
+def kept_edges(probs: tuple[Tensor, Tensor] | None, m: int, n: int, percentile: float, exclude_self: bool) -> Tensor:
+    """The pruning mask ``[M, N]``: ranked edges whose joint entropy is at or below the percentile's quantile."""
+    if probs is None:
+        return ~torch.eye(m, dtype=torch.bool) if exclude_self else torch.ones(m, n, dtype=torch.bool)
+    entropy = pruning.joint_entropy(*probs)
+    if not exclude_self:
+        return entropy <= pruning.quantile_sorted(entropy.flatten(), percentile / 100)
+    ranked = ~torch.eye(m, dtype=torch.bool, device=entropy.device)
+    # A vertex's edge with itself is infinitely unreliable: sorted behind every ranked edge, it is never counted.
+    entropy = torch.where(ranked, entropy, torch.inf)
+    count = pruning.edge_count(m, n, exclude_self)
+    return ranked & (entropy <= pruning.quantile_sorted(entropy.flatten(), percentile / 100, count))
+
+
+def relation_graph(
+    a: Tensor,
+    b: Tensor,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    probs: tuple[Tensor, Tensor] | None,
+    percentile: float,
+    delta: float,
+    exclude_self: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(loss, kept)`` of one graph, differentiable in ``a`` and ``b``; all inputs of one dtype."""
+    with torch.no_grad():
+        mask = kept_edges(probs, a.shape[0], b.shape[0], percentile, exclude_self).to(a.device)
+        teacher = relations(teacher_a, teacher_b, exclude_self)
+    huber = F.huber_loss(relations(a, b, exclude_self), teacher, reduction="none", delta=delta).sum(-1)
+    kept = mask.sum()
+    return (huber * mask).sum() / (kept.to(huber.dtype) + COUNT_EPS), kept

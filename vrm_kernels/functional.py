@@ -1,0 +1,339 @@
+"""The loss as functions. Every default and every check of the arguments stands here and only here."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm_kernels import backends, ops, pruning
+
+DEFAULT_PERCENTILE = 30.0
+DEFAULT_DELTA = 1.0
+DEFAULT_RELATIONS = "inter_view"
+RELATIONS = ("inter_view", "complete")
+TERM_NAMES = ("ce_real", "ce_virtual", "inter_sample", "inter_class", "kept_inter_sample", "kept_inter_class")
+
+
+def vrm_loss(
+    logits_student_real: Tensor,
+    logits_student_virtual: Tensor,
+    logits_teacher_real: Tensor,
+    logits_teacher_virtual: Tensor,
+    labels: Tensor | None,
+    alpha: float,
+    beta: float,
+    ce_loss_on_real: bool = True,
+    ce_loss_on_virtual: bool = True,
+    unreliable_pruning_percentile: float = DEFAULT_PERCENTILE,
+    *,
+    delta: float = DEFAULT_DELTA,
+    relations: str = DEFAULT_RELATIONS,
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+    gather_distributed: bool = False,
+    process_group: Any = None,
+    check_finite: bool = False,
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Virtual Relation Matching loss (arXiv 2502.20760) of a batch seen in two views.
+
+    ``L = [real] CE(S, y) + [virtual] CE(S', y) + alpha L_inter_sample + beta L_inter_class``; see
+    :class:`vrm_kernels.VRMLoss` for the settings, all of which have the same names here.
+
+    Args:
+        logits_student_real, logits_student_virtual: ``[B, C]``, floating, any strides; receive gradients.
+        logits_teacher_real, logits_teacher_virtual: ``[B, C]``, floating; receive none.
+        labels: ``[B]`` class indices or ``[B, C]`` class probabilities; may be ``None`` if both cross-entropies are off.
+        return_terms: also return the terms, detached.
+
+    Returns:
+        The loss, a scalar: float64 if any logits are float64, else float32. With ``return_terms``, also a dict of
+        scalars ``ce_real, ce_virtual, inter_sample, inter_class`` (unweighted; a cross-entropy that is off is 0) and
+        int64 ``kept_inter_sample, kept_inter_class`` (edges that passed the pruning). Reading one synchronises.
+        The loss is NaN if any logit is not finite. Gradients come in each input's own dtype.
+
+    Raises:
+        ValueError, TypeError: bad shapes, dtypes, devices or settings, before any work.
+        RuntimeError: a backend, asked for by name, that cannot run here; a second derivative through a backend other
+            than ``reference``.
+    """
+    check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
+    named = {
+        "logits_student_real": logits_student_real,
+        "logits_student_virtual": logits_student_virtual,
+        "logits_teacher_real": logits_teacher_real,
+        "logits_teacher_virtual": logits_teacher_virtual,
+    }
+    dtype = _check_logits(named)
+    if labels is not None or ce_loss_on_real or ce_loss_on_virtual:
+        labels = _check_labels(labels, logits_student_real, dtype)
+    if gather_distributed:
+        _refuse_distributed(process_group)
+    chosen = backends.resolve(backend, logits_student_real.device)
+    if check_finite:
+        _check_finite(named)
+
+    graphs, relation_terms, kept = ops.vrm_graphs(
+        *named.values(),
+        alpha=float(alpha),
+        beta=float(beta),
+        percentile=float(unreliable_pruning_percentile),
+        delta=float(delta),
+        complete=relations == "complete",
+        backend=chosen,
+    )
+    loss = graphs
+    ce_real = ce_virtual = None
+    if ce_loss_on_real:
+        ce_real = F.cross_entropy(logits_student_real.to(dtype), labels, label_smoothing=label_smoothing)
+        loss = loss + ce_real
+    if ce_loss_on_virtual:
+        ce_virtual = F.cross_entropy(logits_student_virtual.to(dtype), labels, label_smoothing=label_smoothing)
+        loss = loss + ce_virtual
+    if not return_terms:
+        return loss
+    zero = torch.zeros((), dtype=dtype, device=graphs.device)
+    terms = (
+        zero if ce_real is None else ce_real.detach(),
+        zero if ce_virtual is None else ce_virtual.detach(),
+        *relation_terms.detach().unbind(),
+        *kept.unbind(),
+    )
+    return loss, dict(zip(TERM_NAMES, terms, strict=True))
+
+
+def relation_loss(
+    a: Tensor,
+    b: Tensor,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    *,
+    probs: tuple[Tensor, Tensor] | None = None,
+    percentile: float = 100.0,
+    delta: float = DEFAULT_DELTA,
+    backend: str = "auto",
+) -> Tensor:
+    """One relation graph over any vectors: features as well as logits.
+
+    ``sum over kept edges (i, j) of sum_c huber_delta(eS_ijc - eT_ijc) / (#kept + 1e-7)``, where
+    ``e_ij = d_ij / (||d_ij|| + 1e-7)`` and ``d_ij = a_i - b_j`` (arXiv 2502.20760, the normalised difference graph).
+
+    Args:
+        a, b: the student's vertices, ``[M, D]`` and ``[N, D]``, floating, any strides; receive gradients.
+        teacher_a, teacher_b: the teacher's, ``[M, E]`` and ``[N, E]`` with E = D.
+        probs: ``(P [M, K], P' [N, K])``, non-negative, finite; ranks the edges by ``-sum_k P_ik log(P'_jk + 1e-7)``.
+            They carry no gradient. ``None`` keeps every edge, whatever the percentile.
+        percentile: keep the edges at or below this percentile of that ranking, in [0, 100].
+
+    Returns:
+        A scalar: float64 if any vectors are float64, else float32; NaN if any vector is not finite.
+
+    Raises:
+        ValueError, TypeError: bad shapes, dtypes, devices or settings, before any work.
+        RuntimeError: as :func:`vrm_loss`.
+    """
+    _check_range("percentile", percentile, 0.0, 100.0)
+    _check_delta(delta)
+    backends.check_name(backend)
+    named = {"a": a, "b": b, "teacher_a": teacher_a, "teacher_b": teacher_b}
+    if probs is not None:
+        if not (isinstance(probs, tuple | list) and len(probs) == 2):
+            raise ValueError("probs must be a pair (P [M, K], P' [N, K]) or None")
+        named |= {"probs[0]": probs[0], "probs[1]": probs[1]}
+    dtype = _check_floating(named)
+    _check_one_device(named)
+    if any(x.dim() != 2 for x in named.values()):
+        raise ValueError(f"every tensor must be 2-D, got {_shapes(named)}")
+    if a.shape != teacher_a.shape or b.shape != teacher_b.shape or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a and teacher_a must be [M, D], b and teacher_b [N, D], got {_shapes(named)}")
+    if 0 in a.shape or 0 in b.shape:
+        raise ValueError(f"a graph needs at least one vertex on each side and one dimension, got {_shapes(named)}")
+    if probs is not None:
+        p, q = probs
+        if p.shape[0] != a.shape[0] or q.shape[0] != b.shape[0] or p.shape[1] != q.shape[1] or p.shape[1] == 0:
+            raise ValueError(f"probs must be ([M, K], [N, K]) for a [M, D] and b [N, D], got {_shapes(named)}")
+        probs = (p.detach().to(dtype), q.detach().to(dtype))
+    chosen = backends.resolve(backend, a.device)
+    return ops.relation_graph(
+        a, b, teacher_a, teacher_b, probs=probs, percentile=float(percentile), delta=float(delta), backend=chosen
+    )
+
+
+def joint_entropy(logits_real: Tensor, logits_virtual: Tensor) -> Tensor:
+    """The joint entropy that ranks the inter-sample edges: ``H[i, j] = -sum_c P_ic log(P'_jc + 1e-7)``.
+
+    Args:
+        logits_real, logits_virtual: ``[B, C]`` and ``[B', C]``, floating.
+
+    Returns:
+        ``[B, B']``, float64 for float64 logits, else float32; no gradient.
+
+    Raises:
+        ValueError, TypeError: as :func:`vrm_loss`.
+    """
+    named = {"logits_real": logits_real, "logits_virtual": logits_virtual}
+    dtype = _check_floating(named)
+    _check_one_device(named)
+    if logits_real.dim() != 2 or logits_virtual.dim() != 2 or logits_real.shape[1] != logits_virtual.shape[1]:
+        raise ValueError(
+            f"expected [B, C] and [B', C], got {tuple(logits_real.shape)} and {tuple(logits_virtual.shape)}"
+        )
+    with torch.no_grad(), ops.without_autocast(logits_real.device.type):
+        return pruning.joint_entropy(*(x.to(dtype).softmax(1) for x in named.values()))
+
+
+def quantile(x: Tensor, q: float | Tensor) -> Tensor:
+    """The exact q-quantile of all elements of ``x``, of any size, without a host synchronisation.
+
+    Linear interpolation between order statistics, bit for bit ``torch.quantile(x.flatten(), q)`` where that works
+    (up to 2**24 elements); beyond, the rank is formed in float64. NaN anywhere in ``x`` gives NaN.
+
+    Args:
+        x: floating, any shape, at least one element. float16 and bfloat16 are ranked exactly and interpolated in
+            float32, the result in float32.
+        q: a float, or a 0-D or 1-D floating tensor on the device of ``x``, in [0, 1].
+
+    Returns:
+        The shape of ``q`` (0-D for a float), float64 for float64 input, else float32; no gradient.
+
+    Raises:
+        ValueError: an empty ``x``, or q outside [0, 1] (a float q, or a q tensor on the CPU: a q tensor on another
+            device is not read, and gives NaN there).
+        TypeError: ``x`` or ``q`` not floating.
+    """
+    dtype = _check_floating({"x": x})
+    if x.numel() == 0:
+        raise ValueError("x must have at least one element")
+    if isinstance(q, Tensor):
+        _check_floating({"q": q})
+        if q.dim() > 1:
+            raise ValueError(f"q must be a float, or a 0-D or 1-D tensor, got shape {tuple(q.shape)}")
+        if q.device != x.device:
+            raise ValueError(f"q is on {q.device} and x on {x.device}: put them on one device")
+        if q.device.type == "cpu" and not bool(((q >= 0) & (q <= 1)).all()):
+            raise ValueError(f"q must be in [0, 1], got {q.tolist()}")
+    else:
+        _check_range("q", q, 0.0, 1.0)
+    with torch.no_grad():
+        return ops.quantile(x.detach().to(dtype).flatten(), q)
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def check_settings(
+    alpha: float,
+    beta: float,
+    percentile: float,
+    delta: float,
+    relations: str,
+    label_smoothing: float,
+    backend: str,
+) -> None:
+    """Refuse a setting of :func:`vrm_loss` that is out of its range, before any work."""
+    _check_range("alpha", alpha, 0.0, math.inf)
+    _check_range("beta", beta, 0.0, math.inf)
+    _check_range("unreliable_pruning_percentile", percentile, 0.0, 100.0)
+    _check_delta(delta)
+    _check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    if relations not in RELATIONS:
+        raise ValueError(f"relations must be one of {', '.join(map(repr, RELATIONS))}, got {relations!r}")
+    backends.check_name(backend)
+
+
+def _check_number(name: str, value: float) -> None:
+    if isinstance(value, bool | Tensor) or not (isinstance(value, int | float) or hasattr(value, "__float__")):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    _check_number(name, value)
+    # Written so that NaN fails; an infinite weight would turn a zero term into NaN.
+    if not (low <= value <= high and value < math.inf):
+        bounds = f">= {low:g} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+def _check_delta(delta: float) -> None:
+    _check_number("delta", delta)
+    if not 0 < delta < math.inf:
+        raise ValueError(f"delta must be > 0 and finite, got {delta}")
+
+
+def _check_floating(named: dict[str, Tensor]) -> torch.dtype:
+    """The dtype to compute in: what the inputs promote to, and float32 at least."""
+    dtype = torch.float32
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if not x.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating (float64, float32, bfloat16 or float16), got {x.dtype}")
+        if x.dtype not in ops.DTYPES:
+            dtypes = ", ".join(f"{other} {y.dtype}" for other, y in named.items() if isinstance(y, Tensor))
+            raise TypeError(f"dtypes that do not promote to float32 or float64: {dtypes}; convert {name} first")
+        if x.dtype == torch.float64:
+            dtype = torch.float64
+    return dtype
+
+
+def _check_one_device(named: dict[str, Tensor]) -> None:
+    device = next(iter(named.values())).device
+    for x in named.values():
+        if x.device != device:
+            places = ", ".join(f"{name} on {y.device}" for name, y in named.items())
+            raise ValueError(f"all tensors must be on one device: {places}")
+
+
+def _shapes(named: dict[str, Tensor]) -> str:
+    # Called only to refuse: a compiler takes a formatted size for a constant.
+    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+
+
+def _check_logits(named: dict[str, Tensor]) -> torch.dtype:
+    dtype = _check_floating(named)
+    _check_one_device(named)
+    shape = next(iter(named.values())).shape
+    if len(shape) != 2 or any(x.shape != shape for x in named.values()):
+        raise ValueError(f"the four logits must be 2-D [B, C] and of one shape, got {_shapes(named)}")
+    if 0 in shape:
+        raise ValueError(f"logits [B, C] need at least one sample and one class, got {tuple(shape)}")
+    return dtype
+
+
+def _check_labels(labels: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    b, c = logits.shape
+
+    def wanted():  # as _shapes
+        return f"[{b}] class indices or [{b}, {c}] class probabilities"
+
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, {wanted()}, got {type(labels).__name__}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device} and the logits on {logits.device}: put them on one device")
+    if labels.dtype.is_floating_point:
+        if labels.shape != logits.shape:
+            raise ValueError(f"floating labels are class probabilities: expected {wanted()}, got {tuple(labels.shape)}")
+        return labels.to(dtype)
+    if labels.dtype == torch.bool or labels.dtype.is_complex:
+        raise TypeError(f"labels must be {wanted()}, got dtype {labels.dtype}")
+    if labels.shape != (b,):
+        raise ValueError(f"labels must be {wanted()}, got {tuple(labels.shape)}")
+    return labels.long()
+
+
+def _check_finite(named: dict[str, Tensor]) -> None:
+    for name, x in named.items():
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise ValueError(f"{name} has {bad} non-finite values of {x.numel()}")
+
+
+def _refuse_distributed(process_group: Any) -> None:
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
+        raise RuntimeError(
+            "gather_distributed=True across more than one process is not in this version: "
+            "use gather_distributed=False, which computes the relations of each process's own batch"
+        )

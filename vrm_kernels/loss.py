@@ -1,0 +1,107 @@
+"""VRMLoss: the functional loss with its settings remembered."""
+
+import torch
+from torch import Tensor, nn
+
+from vrm_kernels import functional as VF
+
+
+class VRMLoss(nn.Module):
+    r"""Virtual Relation Matching loss (arXiv 2502.20760).
+
+    .. math:: L = CE(S, y) + CE(S', y) + \alpha L_{inter-sample} + \beta L_{inter-class}
+
+    Args:
+        alpha: weight of the inter-sample graph, >= 0.
+        beta: weight of the inter-class graph, >= 0.
+        ce_loss_on_real: add the cross-entropy of the real view.
+        ce_loss_on_virtual: add the cross-entropy of the virtual view.
+        unreliable_pruning_percentile: keep the edges whose joint entropy is at or below this percentile, in [0, 100];
+            100 keeps them all.
+        delta: Huber threshold on a component of the relation difference, > 0.
+        relations: ``"inter_view"`` (edges between a real and a virtual view) or ``"complete"`` (both views in one
+            vertex set, so that real-real and virtual-virtual edges count too).
+        label_smoothing: passed to the cross-entropies, in [0, 1].
+        backend: ``"auto"`` or a name that :func:`vrm_kernels.backends.describe` lists.
+        gather_distributed: compute the loss of the global batch over ``process_group``.
+        process_group: the group to gather over; ``None`` is the default group.
+        check_finite: refuse non-finite logits with a ``ValueError`` that names the tensor. Reads the device.
+
+    Raises:
+        ValueError, TypeError: a setting out of its range, with its value.
+
+    :meth:`forward` takes logits ``[B, C]`` (student real, student virtual, teacher real, teacher virtual) and labels,
+    ``[B]`` class indices or ``[B, C]`` class probabilities; see :func:`vrm_kernels.functional.vrm_loss`.
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        beta: float,
+        ce_loss_on_real: bool = True,
+        ce_loss_on_virtual: bool = True,
+        unreliable_pruning_percentile: float = VF.DEFAULT_PERCENTILE,
+        *,
+        delta: float = VF.DEFAULT_DELTA,
+        relations: str = VF.DEFAULT_RELATIONS,
+        label_smoothing: float = 0.0,
+        backend: str = "auto",
+        gather_distributed: bool = False,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.beta = beta
+        self.ce_loss_on_real = ce_loss_on_real
+        self.ce_loss_on_virtual = ce_loss_on_virtual
+        self.unreliable_pruning_percentile = unreliable_pruning_percentile
+        self.delta = delta
+        self.relations = relations
+        self.label_smoothing = label_smoothing
+        self.backend = backend
+        self.gather_distributed = gather_distributed
+        self.process_group = process_group
+        self.check_finite = check_finite
+        VF.check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
+
+    def forward(
+        self,
+        logits_student_real: Tensor,
+        logits_student_virtual: Tensor,
+        logits_teacher_real: Tensor,
+        logits_teacher_virtual: Tensor,
+        labels: Tensor,
+        *,
+        return_terms: bool = False,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        return VF.vrm_loss(
+            logits_student_real,
+            logits_student_virtual,
+            logits_teacher_real,
+            logits_teacher_virtual,
+            labels,
+            self.alpha,
+            self.beta,
+            self.ce_loss_on_real,
+            self.ce_loss_on_virtual,
+            self.unreliable_pruning_percentile,
+            delta=self.delta,
+            relations=self.relations,
+            label_smoothing=self.label_smoothing,
+            backend=self.backend,
+            gather_distributed=self.gather_distributed,
+            process_group=self.process_group,
+            check_finite=self.check_finite,
+            return_terms=return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"alpha={self.alpha}, beta={self.beta}, ce_loss_on_real={self.ce_loss_on_real}, "
+            f"ce_loss_on_virtual={self.ce_loss_on_virtual}, "
+            f"unreliable_pruning_percentile={self.unreliable_pruning_percentile}, delta={self.delta}, "
+            f"relations={self.relations!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
+            + (", gather_distributed=True" if self.gather_distributed else "")
+            + (", check_finite=True" if self.check_finite else "")
+        )
