@@ -152,18 +152,20 @@ Five cpu_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, c
 
 template <class T> void quantiles(const Tensor& x, const Tensor& below, const Tensor& weight, const Tensor& low,
                                   const Tensor& high) {
-  for (int64_t k = 0; k < below.numel(); ++k)
-    order_statistics(x.const_data_ptr<T>(), x.numel(), below.const_data_ptr<int64_t>()[k],
-                     low.mutable_data_ptr<T>() + k, high.mutable_data_ptr<T>() + k);
+  for (int64_t k = 0; k < below.numel(); ++k) {
+    T &low_k = low.mutable_data_ptr<T>()[k], &high_k = high.mutable_data_ptr<T>()[k];
+    order_statistics(x.const_data_ptr<T>(), x.numel(), below.const_data_ptr<int64_t>()[k], &low_k, &high_k);
+    if (weight.const_data_ptr<T>()[k] == T(0)) high_k = low_k;  // beside an infinity a product would make NaN of it
+  }
 }
 
 Tensor cpu_quantile(const Tensor& x, const Tensor& below, const Tensor& weight) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor values = x.contiguous(), ranks = below.contiguous();
+  const Tensor values = x.contiguous(), ranks = below.contiguous(), weights = weight.contiguous();
   const Tensor low = at::empty_like(ranks, values.options()), high = at::empty_like(low);
   const auto run = values.scalar_type() == at::kDouble ? quantiles<double> : quantiles<float>;
-  run(values, ranks, weight, low, high);
-  return at::lerp(low, high, weight);
+  run(values, ranks, weights, low, high);
+  return at::lerp(low, high, weights);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ from helpers import (
     evaluate_relation,
     inputs,
     make_logits,
+    relative_error,
     settings_of,
 )
 
@@ -34,12 +35,22 @@ def test_kept_share_is_the_percentile(any_backend, percentile, relations):
     """Of n distinct entropies, floor(q (n - 1)) + 1 lie at or below the q-quantile; self-edges are not among them."""
     b, c = 20, 15
     logits = make_logits(Case((b, c)), torch.float64, seed=1)
-    kept = evaluate(
-        any_backend, logits, unreliable_pruning_percentile=percentile, relations=relations
-    ).kept
+    kept = evaluate(any_backend, logits, unreliable_pruning_percentile=percentile, relations=relations).kept
     for count, vertices in zip(kept, (b, c), strict=True):
         edges = vertices**2 if relations == "inter_view" else 2 * vertices * (2 * vertices - 1)
         assert count == int(percentile / 100 * (edges - 1) + 1e-9) + 1
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", [1e-9, 99.9, 100 - 1e-9])
+def test_percentiles_next_to_the_ends(backend, percentile, relations):
+    """In float32 the last is 100 %: the rank is whole and the value after it, a self-edge's, is infinite."""
+    for dtype in (torch.float32, torch.float64):
+        logits = make_logits(Case((8, 6)), dtype, seed=1)
+        settings = {"unreliable_pruning_percentile": percentile, "relations": relations}
+        result, eager = evaluate(backend, logits, **settings), evaluate("reference", logits, **settings)
+        assert result.kept == eager.kept
+        assert result.loss.isfinite() and relative_error(result.loss, eager.loss) < 1e-5
 
 
 @pytest.mark.parametrize("side", [0, 1])

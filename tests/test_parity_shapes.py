@@ -16,6 +16,7 @@ def test_parity_over_shapes(backend, shape, relations, dtype):
     assert_parity(backend, Case(shape, relations=relations), dtype)
 
 
+@pytest.mark.parametrize("percentile", [30.0, 100.0])
 @pytest.mark.parametrize("shape", LARGE, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_parity_at_larger_shapes(backend, shape):
-    assert_parity(backend, Case(shape))
+def test_parity_at_larger_shapes(backend, shape, percentile):
+    assert_parity(backend, Case(shape, percentile=percentile))

@@ -53,6 +53,17 @@ def test_quantile_is_torchs(kind, dtype):
 
 
 @FLOATS
+@pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
+def test_a_whole_rank_does_not_look_at_the_next_value(infinity, dtype):
+    """Beside an infinity, lerp by 0 would be NaN: torch takes the value itself."""
+    x = torch.tensor([1.0, infinity, 2.0, infinity, 3.0], dtype=dtype)
+    for q in (0.0, 0.1, 0.25, 0.3, 0.5, 0.6, 0.75, 0.8, 1.0):
+        assert same_bits(VF.quantile(x, q), torch.quantile(x, q)), q
+    qs = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=dtype)
+    assert same_bits(VF.quantile(x, qs), torch.quantile(x, qs))
+
+
+@FLOATS
 def test_rank_is_torchs(dtype):
     """The rank that backends work from, through values whose gaps make any other weight show."""
     generator = torch.Generator().manual_seed(0)

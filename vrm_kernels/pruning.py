@@ -1,6 +1,7 @@
 """Which edges of a relation graph count: the joint entropy and the threshold, one definition for every backend."""
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -10,6 +11,7 @@ ENTROPY_EPS = 1e-7
 TORCH_QUANTILE_MAX = 2**24
 
 
+@functools.lru_cache(maxsize=1024)
 def rank(q: float, n: int, dtype: torch.dtype) -> tuple[int, float]:
     """Where the q-quantile of ``n`` sorted values lies: ``(below, weight)``, the value being
     ``lerp(sorted[below], sorted[below + 1 if weight > 0 else below], weight)``: as in torch.quantile, a rank that is

@@ -7,6 +7,7 @@
 #include "graph.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -81,14 +82,16 @@ class Arena {
 // times with one shape, and having the system clear fresh pages takes as long as the threshold and the packing together.
 class BorrowedArena {
  public:
-  BorrowedArena() : arena_(spare().exchange(nullptr)) {
-    if (arena_ == nullptr) arena_ = new Arena();
+  BorrowedArena() {
+    for (auto& place : spares())
+      if ((arena_ = place.exchange(nullptr)) != nullptr) return;
+    arena_ = new Arena();
   }
   ~BorrowedArena() {
-    if (arena_->size() <= kMostKept) {
-      arena_->reset();
-      arena_ = spare().exchange(arena_);
-    }
+    arena_->reset();
+    if (arena_->size() <= kMostKept)
+      for (auto& place : spares())
+        if ((arena_ = place.exchange(arena_)) == nullptr) return;
     delete arena_;
   }
   BorrowedArena(const BorrowedArena&) = delete;
@@ -97,9 +100,9 @@ class BorrowedArena {
 
  private:
   static constexpr int64_t kMostKept = int64_t{96} << 20;
-  static std::atomic<Arena*>& spare() {
-    static std::atomic<Arena*> arena{nullptr};
-    return arena;
+  static std::array<std::atomic<Arena*>, 2>& spares() {  // two small graphs at a time
+    static std::array<std::atomic<Arena*>, 2> places{};
+    return places;
   }
   Arena* arena_;
 };

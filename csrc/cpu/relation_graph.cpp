@@ -1,6 +1,7 @@
 // How the kernels are put together and spread over threads.
 //
-// Phases of a graph: centre and check the vectors, pack them, entropies, threshold, edges, gradient. The edges are cut into
+// Phases of a graph: centre and check the vectors, pack them, entropies, threshold, edges, gradient; every thread of a team
+// runs them all (team.h). The edges are cut into
 // a grid of P x P blocks and visited in P steps, step s taking the blocks (r, (r + s) mod P) at once: no two of them share
 // a row or a column of vertices, so every gradient is added to by one thread at a time, in an order that the grid alone
 // fixes. Same inputs and thread count, same bits; no per-thread copy of a gradient.
@@ -10,11 +11,15 @@
 #include "arena.h"
 #include "select.h"
 #include "stages.h"
+#include "team.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 
 #include <atomic>
+#include <cmath>
 #include <memory>
+#include <tuple>
 
 namespace vrm {
 namespace {
@@ -23,7 +28,8 @@ namespace {
 constexpr int64_t kStoredEntropyBytes = int64_t{72} << 20;
 constexpr int64_t kFoundBytes = int64_t{48} << 20;     // candidates of the threshold's selection
 constexpr int64_t kEntropyColumnPanels = 16;           // of a recomputed block
-constexpr int64_t kSmallGraph = int64_t{1} << 21;      // multiply-adds under which a graph is one thread's work
+constexpr int64_t kOneThread = int64_t{1} << 17;       // multiply-adds under which all graphs are one thread's work ...
+constexpr int64_t kThreadPerGraph = int64_t{1} << 21;  // ... and under which each graph is
 
 // The dense form (see prefers_dense) pays from these sizes and this share of kept edges on, and works in such blocks.
 constexpr int64_t kDenseDims = 64, kDenseEdges = int64_t{1} << 14;
@@ -33,12 +39,6 @@ constexpr int64_t kLiteralDims = 4;  // fewer dimensions than this fit one regis
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-template <class Body> void for_each(int64_t n, const Body& body) {
-  at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) body(k);
-  });
-}
-
 // Cuts [0, n) at multiples of `unit` into `parts` of nearly equal size; the first of part k.
 int64_t cut(int64_t n, int64_t unit, int64_t parts, int64_t k) {
   return std::min(n, round_up(n, unit) / unit * k / parts * unit);
@@ -46,6 +46,7 @@ int64_t cut(int64_t n, int64_t unit, int64_t parts, int64_t k) {
 
 template <class T> class GraphRun {
  public:
+  // Takes all the memory that the graph needs, but for the dense form's blocks.
   GraphRun(const GraphInput<T>& input, int64_t threads, Arena& arena)
       : in_(input), threads_(threads), kernels_(kernels<T>()), arena_(arena) {
     g_.rows = in_.rows;
@@ -56,33 +57,121 @@ template <class T> class GraphRun {
     g_.literal_only = in_.dims < kLiteralDims;
     make_side(g_.a, in_.rows, in_.student_a, in_.teacher_a);
     make_side(g_.b, in_.columns, in_.student_b, in_.teacher_b);
+    const int64_t padded = g_.chunks.lanes_padded;
+    center_s_ = arena_.take<T>(padded);
+    center_t_ = arena_.take<T>(padded);
+    g_.center_s = center_s_;
+    g_.center_t = center_t_;
+    row_unit_ = std::max<int64_t>(1, kTileRows / kernels_.panel_rows) * kernels_.panel_rows;
+    if (!in_.keep_all) make_entropy();
+    scratch_bytes_ = round_up(tile_scratch_bytes<T>() + 2 * padded * static_cast<int64_t>(sizeof(T)), 4096);
+    scratch_ = arena_.template take<char>(threads_ * scratch_bytes_);
+    if (recomputed()) rooms_ = arena_.template take<T>(threads_ * room_size());
   }
 
-  // False if an input is not finite: then the loss is NaN and so is every gradient.
-  bool run() {
-    result_ = {std::numeric_limits<double>::quiet_NaN(), 0};
-    if (!center()) return false;
-    pack();
+  // All but the edges. Afterwards failed() says whether an input is not finite.
+  void prepare(Team& team) {
+    center(team);
+    if (failed()) return;
+    pack(team);
     if (in_.keep_all) {
-      result_.kept = in_.rows * in_.columns - (in_.exclude_self ? in_.rows : 0);
-      g_.threshold = std::numeric_limits<T>::infinity();
+      team.once([&] {
+        result_.kept = in_.rows * in_.columns - (in_.exclude_self ? in_.rows : 0);
+        g_.threshold = std::numeric_limits<T>::infinity();
+      });
     } else {
-      pack_entropy();
-      if (!select_threshold()) return false;
+      pack_entropy(team);
+      select_threshold(team);
     }
-    g_.scale = static_cast<double>(g_.student_scale) * in_.weight / (static_cast<double>(result_.kept) + kCountEps);
-    const double loss = prefers_dense() ? visit_dense() : visit_edges();
-    result_.loss = loss / (static_cast<double>(result_.kept) + kCountEps);
-    return true;
+    team.once([&] {
+      g_.scale = static_cast<double>(g_.student_scale) * in_.weight / (static_cast<double>(result_.kept) + kCountEps);
+    });
   }
 
-  void add_gradients() {
-    const StageTimer timer(Stage::gradient);
-    add_gradient(g_.a, in_.grad_a);
-    add_gradient(g_.b, in_.grad_b);
+  bool failed() const { return !finite_; }
+
+  // Matrix products over every edge cost less than visiting the kept ones when most are kept: see docs/cpu.md.
+  bool prefers_dense() const {
+    if (edges_form() != EdgesForm::measured) return edges_form() == EdgesForm::dense;
+    const double edges = static_cast<double>(in_.rows) * static_cast<double>(in_.columns);
+    const double share = static_cast<double>(result_.kept) / edges;
+    return in_.dims >= kDenseDims && in_.rows * in_.columns >= kDenseEdges && share > kDenseShare;
   }
 
-  const GraphResult& result() const { return result_; }
+  void visit_edges(Team& team) {
+    const StageTimer timer(Stage::edges, team.leads());
+    const Block<T> all{0, in_.rows, 0, in_.columns, stored_, stored_ld_};
+    if (!recomputed())
+      return visit_grid(team, all, 4, 4,
+                        [&](const Block<T>& block, Scratch scratch, T*) { return kernels_.edges(g_, block, scratch); });
+    // The entropies are made again, by whole blocks.
+    visit_grid(team, all, row_unit_, kernels_.panel_columns, [&](const Block<T>& part, Scratch scratch, T* room) {
+      double loss = 0;
+      for (int64_t r = part.row_begin; r < part.row_end; r += row_unit_)
+        visit_entropy(r, part.column_begin, part.column_end, room,
+                      [&](const Block<T>& block) { loss += kernels_.edges(g_, block, scratch); });
+      return loss;
+    });
+  }
+
+  // Blocks of all edges: the dot products and the gradients are matrix products of torch's, threaded by it.
+  void visit_dense() {
+    const StageTimer timer(Stage::edges);
+    const int64_t block_rows = std::min(round_up(in_.rows, row_unit_), kDenseRows / row_unit_ * row_unit_);
+    const int64_t width = kernels_.panel_columns, ld = std::min(round_up(in_.columns, width), kDenseColumns);
+    T* dots[3];
+    for (T*& dot : dots) dot = arena_.template take<T>(block_rows * ld);
+    T* room = recomputed() ? arena_.template take<T>(block_rows * ld) : nullptr;
+    std::vector<double> losses(block_rows);
+    std::vector<int64_t> literals(block_rows);
+    for (int64_t r0 = 0; r0 < in_.rows; r0 += block_rows)
+      for (int64_t c0 = 0; c0 < in_.columns; c0 += ld) {
+        const int64_t r1 = std::min(in_.rows, r0 + block_rows), c1 = std::min(in_.columns, c0 + ld);
+        for (int part = 0; part < 3; ++part)
+          for (int64_t c = 0; c < g_.chunks.count; ++c) {
+            at::Tensor out = matrix(dots[part], r1 - r0, c1 - c0, ld);
+            at::addmm_out(out, out, vectors(g_.a, c, r0, r1, part), vectors(g_.b, c, c0, c1, part).t(), c == 0 ? 0 : 1);
+          }
+        Team::run(threads_, [&](Team& team) {
+          if (recomputed())
+            team.for_each((r1 - r0 + row_unit_ - 1) / row_unit_, [&](int64_t k) {
+              compute_entropy(r0 + k * row_unit_, c0 / width, (c1 + width - 1) / width, room + k * row_unit_ * ld, ld);
+            });
+          team.for_each(r1 - r0, [&](int64_t r) {
+            const T* h = recomputed() ? room + r * ld : stored_ ? stored_ + (r0 + r) * stored_ld_ + c0 : nullptr;
+            literals[r] = 0;
+            losses[r] = kernels_.weigh_row(g_, r0 + r, c0, c1, h, dots[0] + r * ld, dots[1] + r * ld, dots[2] + r * ld,
+                                           &literals[r]);
+          });
+        });
+        int64_t n_literal = 0;
+        for (int64_t r = 0; r < r1 - r0; ++r) result_.loss += losses[r], n_literal += literals[r];
+        if (in_.need_grad) {
+          const auto beta = matrix(dots[0], r1 - r0, c1 - c0, ld), gamma = matrix(dots[1], r1 - r0, c1 - c0, ld);
+          add_products(g_.a, r0, r1, g_.b, c0, c1, beta, gamma);
+          add_products(g_.b, c0, c1, g_.a, r0, r1, beta.t(), gamma.t());
+        }
+        if (n_literal == 0) continue;
+        Graph<T> marked = g_;  // edge by edge, found by the marks that weigh_row left
+        marked.threshold = T(0.5);
+        Team::run(threads_, [&](Team& team) {
+          visit_grid(team, Block<T>{r0, r1, c0, c1, dots[2], ld}, 4, 4, [&](const Block<T>& block, Scratch scratch, T*) {
+            return kernels_.edges(marked, block, scratch);
+          });
+        });
+      }
+  }
+
+  void add_gradients(Team& team) {
+    const StageTimer timer(Stage::gradient, team.leads());
+    add_gradient(team, g_.a, in_.grad_a);
+    add_gradient(team, g_.b, in_.grad_b);
+  }
+
+  GraphResult result() const {
+    if (failed()) return {std::numeric_limits<double>::quiet_NaN(), 0};
+    return {result_.loss / (static_cast<double>(result_.kept) + kCountEps), result_.kept};
+  }
 
  private:
   void make_side(Side<T>& side, int64_t count, Strided<T> student, Strided<T> teacher) {
@@ -97,40 +186,57 @@ template <class T> class GraphRun {
       *array = arena_.take<T>(count + kAlignBytes);  // read in whole registers
   }
 
-  // Any vector may be subtracted from all: the mean takes out most of what would cancel.
-  bool center() {
-    const StageTimer timer(Stage::center);
-    const int64_t padded = g_.chunks.lanes_padded, unit = kAlignBytes / static_cast<int64_t>(sizeof(T));
-    T* centers = arena_.take<T>(2 * padded);
-    std::fill(centers, centers + 2 * padded, T(0));
-    const int64_t parts = std::min(threads_, padded / unit);
-    std::vector<char> finite(parts, 1);
-    for_each(parts, [&](int64_t part) {
-      const int64_t begin = cut(in_.dims, unit, parts, part), end = cut(in_.dims, unit, parts, part + 1);
-      bool ok = kernels_.sum_vertices(in_.student_a, in_.rows, begin, end, centers);
-      ok &= kernels_.sum_vertices(in_.teacher_a, in_.rows, begin, end, centers + padded);
-      ok &= kernels_.sum_vertices(in_.student_b, in_.columns, begin, end, centers);
-      ok &= kernels_.sum_vertices(in_.teacher_b, in_.columns, begin, end, centers + padded);
-      const T vertices = static_cast<T>(in_.rows + in_.columns);
-      for (int64_t k = begin; k < end; ++k) {
-        centers[k] = finite_or_zero(centers[k] / vertices);
-        centers[padded + k] = finite_or_zero(centers[padded + k] / vertices);
-      }
-      finite[part] = ok;
-    });
-    g_.center_s = centers;
-    g_.center_t = centers + padded;
-    scale_student();
-    return std::all_of(finite.begin(), finite.end(), [](char ok) { return ok; });
+  void make_entropy() {
+    row_panels_ = (in_.rows + kernels_.panel_rows - 1) / kernels_.panel_rows;
+    column_panels_ = (in_.columns + kernels_.panel_columns - 1) / kernels_.panel_columns;
+    const int64_t rows = row_panels_ * kernels_.panel_rows, ld = column_panels_ * kernels_.panel_columns;
+    probs_ = arena_.take<T>(rows * in_.depth);
+    logs_ = arena_.take<T>(ld * in_.depth);
+    g_.entropy = {in_.depth, probs_, logs_};
+    if (ld * rows * static_cast<int64_t>(sizeof(T)) > kStoredEntropyBytes) return;
+    stored_ = arena_.take<T>(ld * rows);
+    stored_ld_ = ld;
   }
 
-  // To the teacher's size, see edge.h: a few dozen vertices of each side tell it well enough.
+  bool recomputed() const { return !in_.keep_all && stored_ == nullptr; }
+  int64_t row_blocks() const { return (in_.rows + row_unit_ - 1) / row_unit_; }
+  int64_t room_size() const { return row_unit_ * kEntropyColumnPanels * kernels_.panel_columns; }
+
+  // Any vector may be subtracted from all: the mean takes out most of what would cancel.
+  void center(Team& team) {
+    const StageTimer timer(Stage::center, team.leads());
+    const int64_t padded = g_.chunks.lanes_padded, unit = kAlignBytes / static_cast<int64_t>(sizeof(T));
+    const int64_t parts = std::min(threads_, padded / unit);
+    team.once([&] { finite_by_part_.assign(parts, 1); });
+    team.for_each(parts, [&](int64_t part) {
+      const int64_t begin = cut(in_.dims, unit, parts, part), end = cut(in_.dims, unit, parts, part + 1);
+      const T vertices = static_cast<T>(in_.rows + in_.columns);
+      bool ok = true;
+      for (auto [center, a, b] : {std::tuple(center_s_, in_.student_a, in_.student_b),
+                                  std::tuple(center_t_, in_.teacher_a, in_.teacher_b)}) {
+        std::fill(center + begin, center + end, T(0));
+        ok &= kernels_.sum_vertices(a, in_.rows, begin, end, center);
+        ok &= kernels_.sum_vertices(b, in_.columns, begin, end, center);
+        for (int64_t k = begin; k < end; ++k) {
+          const T mean = center[k] / vertices;
+          center[k] = mean - mean == T(0) ? mean : T(0);  // the sum of huge finite logits may overflow
+        }
+      }
+      finite_by_part_[part] = ok;
+    });
+    team.once([&] {
+      finite_ = std::all_of(finite_by_part_.begin(), finite_by_part_.end(), [](char ok) { return ok; });
+      scale_student();
+    });
+  }
+
+  // To the teacher's size, see edge.h: a few vertices of each side tell it well enough.
   void scale_student() {
     const auto size = [&](Strided<T> a, Strided<T> b, const T* center) {
-      return kernels_.spread(a, in_.rows, std::max<int64_t>(1, in_.rows / 16), in_.dims, center) +
-             kernels_.spread(b, in_.columns, std::max<int64_t>(1, in_.columns / 16), in_.dims, center);
+      return kernels_.spread(a, in_.rows, std::max<int64_t>(1, in_.rows / 4), in_.dims, center) +
+             kernels_.spread(b, in_.columns, std::max<int64_t>(1, in_.columns / 4), in_.dims, center);
     };
-    const double ratio = size(in_.teacher_a, in_.teacher_b, g_.center_t) / size(in_.student_a, in_.student_b, g_.center_s);
+    const double ratio = size(in_.teacher_a, in_.teacher_b, center_t_) / size(in_.student_a, in_.student_b, center_s_);
     const int most = std::numeric_limits<T>::max_exponent / 2;
     const double exponent = std::round(0.5 * std::log2(ratio));
     const bool usable = exponent >= -most && exponent <= most;  // neither NaN nor a vanished student or teacher
@@ -139,233 +245,114 @@ template <class T> class GraphRun {
                static_cast<T>(kRelationEps)};
   }
 
-  static T finite_or_zero(T x) { return x - x == T(0) ? x : T(0); }  // the sum of huge finite logits may overflow
-
-  void pack() {
-    const StageTimer timer(Stage::pack);
-    const int64_t parts = threads_;
-    for_each(2 * parts, [&](int64_t task) {
-      const Side<T>& side = task < parts ? g_.a : g_.b;
-      const int64_t part = task % parts;
+  void pack(Team& team) {
+    const StageTimer timer(Stage::pack, team.leads());
+    const int64_t parts = 2 * threads_;
+    team.for_each(2 * parts, [&](int64_t task) {
+      const Side<T>& side = task % 2 == 0 ? g_.a : g_.b;
+      const int64_t part = task / 2;
       kernels_.pack_side(g_, side, cut(side.count, 16, parts, part), cut(side.count, 16, parts, part + 1));
     });
   }
 
-  void pack_entropy() {
-    const StageTimer timer(Stage::entropy);
-    row_panels_ = (in_.rows + kernels_.panel_rows - 1) / kernels_.panel_rows;
-    column_panels_ = (in_.columns + kernels_.panel_columns - 1) / kernels_.panel_columns;
-    T* probs = arena_.take<T>(row_panels_ * kernels_.panel_rows * in_.depth);
-    T* logs = arena_.take<T>(column_panels_ * kernels_.panel_columns * in_.depth);
-    for_each(row_panels_ + column_panels_, [&](int64_t task) {
+  void pack_entropy(Team& team) {
+    const StageTimer timer(Stage::entropy, team.leads());
+    team.for_each(row_panels_ + column_panels_, [&](int64_t task) {
       if (task < row_panels_) {
         kernels_.pack_panel(in_.probs, in_.rows, in_.depth, task, kernels_.panel_rows,
-                            probs + task * kernels_.panel_rows * in_.depth);
+                            probs_ + task * kernels_.panel_rows * in_.depth);
       } else {
         task -= row_panels_;
         kernels_.pack_panel(in_.log_probs, in_.columns, in_.depth, task, kernels_.panel_columns,
-                            logs + task * kernels_.panel_columns * in_.depth);
+                            logs_ + task * kernels_.panel_columns * in_.depth);
       }
     });
-    g_.entropy = {in_.depth, probs, logs};
-    row_block_panels_ = std::max<int64_t>(1, kTileRows / kernels_.panel_rows);
-    row_blocks_ = (row_panels_ + row_block_panels_ - 1) / row_block_panels_;
-    const int64_t ld = column_panels_ * kernels_.panel_columns, rows = row_panels_ * kernels_.panel_rows;
-    if (ld * rows * static_cast<int64_t>(sizeof(T)) > kStoredEntropyBytes) return;
-    stored_ = arena_.take<T>(ld * rows);
-    stored_ld_ = ld;
-    for_each(row_blocks_, [&](int64_t block) {
-      compute_entropy(block, 0, column_panels_, stored_ + block * row_block_panels_ * kernels_.panel_rows * ld, ld);
+    if (recomputed()) return;
+    team.for_each(row_blocks(), [&](int64_t block) {
+      compute_entropy(block * row_unit_, 0, column_panels_, stored_ + block * row_unit_ * stored_ld_, stored_ld_);
     });
   }
 
-  // H of one block of rows by panels [q0, q1) of columns. A vertex's edge with itself is made infinite: never kept.
-  void compute_entropy(int64_t row_block, int64_t q0, int64_t q1, T* h, int64_t ld) const {
-    const int64_t p0 = row_block * row_block_panels_, p1 = std::min(row_panels_, p0 + row_block_panels_);
+  // H of the block of rows from `row` on by panels [q0, q1) of columns. A vertex's edge with itself is made infinite:
+  // never kept.
+  void compute_entropy(int64_t row, int64_t q0, int64_t q1, T* h, int64_t ld) const {
+    const int64_t p0 = row / kernels_.panel_rows, p1 = std::min(row_panels_, p0 + row_unit_ / kernels_.panel_rows);
     kernels_.entropy_rows(g_.entropy, p0, p1, q0, q1, h, ld);
     if (!in_.exclude_self) return;
     const int64_t c0 = q0 * kernels_.panel_columns, c1 = q1 * kernels_.panel_columns;
-    for (int64_t i = p0 * kernels_.panel_rows; i < p1 * kernels_.panel_rows; ++i)
-      if (i >= c0 && i < c1) h[(i - p0 * kernels_.panel_rows) * ld + i - c0] = std::numeric_limits<T>::infinity();
+    for (int64_t i = row; i < p1 * kernels_.panel_rows; ++i)
+      if (i >= c0 && i < c1) h[(i - row) * ld + i - c0] = std::numeric_limits<T>::infinity();
   }
 
-  int64_t block_begin(int64_t row_block) const {
-    return std::min(in_.rows, row_block * row_block_panels_ * kernels_.panel_rows);
-  }
-
-  int64_t row_block_of(int64_t row) const { return row / (row_block_panels_ * kernels_.panel_rows); }
-
-  int64_t recomputed_block_size() const {
-    return row_block_panels_ * kernels_.panel_rows * kEntropyColumnPanels * kernels_.panel_columns;
-  }
-
-  // Calls visit(block) on the row block's entropies of columns [begin, end), whole panels unless the last.
+  // Calls visit(block) on the entropies of the block of rows from `row` on, columns [begin, end).
   template <class Visit>
-  void visit_entropy(int64_t row_block, int64_t begin, int64_t end, T* room, const Visit& visit) const {
-    const int64_t r0 = block_begin(row_block), r1 = block_begin(row_block + 1);
-    if (stored_ != nullptr) {
-      visit(Block<T>{r0, r1, begin, end, stored_ + r0 * stored_ld_ + begin, stored_ld_});
-      return;
-    }
-    const int64_t step = kEntropyColumnPanels * kernels_.panel_columns;
+  void visit_entropy(int64_t row, int64_t begin, int64_t end, T* room, const Visit& visit) const {
+    const int64_t row_end = std::min(in_.rows, row + row_unit_), width = kernels_.panel_columns;
+    if (stored_ != nullptr) return visit(Block<T>{row, row_end, begin, end, stored_ + row * stored_ld_ + begin, stored_ld_});
+    const int64_t step = kEntropyColumnPanels * width;
     for (int64_t c = begin; c < end; c += step) {
-      const int64_t stop = std::min(end, c + step), q0 = c / kernels_.panel_columns;
-      compute_entropy(row_block, q0, (stop + kernels_.panel_columns - 1) / kernels_.panel_columns, room, step);
-      visit(Block<T>{r0, r1, c, stop, room, step});
+      const int64_t stop = std::min(end, c + step);
+      compute_entropy(row, c / width, (stop + width - 1) / width, room, step);
+      visit(Block<T>{row, row_end, c, stop, room, step});
     }
   }
 
-  // False if an entropy is NaN.
-  bool select_threshold() {
-    const StageTimer timer(Stage::threshold);
+  void select_threshold(Team& team) {
+    const StageTimer timer(Stage::threshold, team.leads());
     Stream<T> stream;
     stream.n = in_.rows * in_.columns;
-    stream.parts = std::min(threads_, row_blocks_);
-    stream.for_each = [](int64_t n, const std::function<void(int64_t)>& body) { for_each(n, body); };
+    stream.parts = std::min(threads_, row_blocks());
     stream.visit_part = [&](int64_t part, const Run<T>& visit) {
-      std::vector<T> room(stored_ == nullptr ? recomputed_block_size() : 0);
-      for (int64_t b = row_blocks_ * part / stream.parts; b < row_blocks_ * (part + 1) / stream.parts; ++b)
-        visit_entropy(b, 0, in_.columns, room.data(), [&](const Block<T>& block) {
+      const int64_t begin = row_blocks() * part / stream.parts, end = row_blocks() * (part + 1) / stream.parts;
+      for (int64_t b = begin; b < end; ++b)
+        visit_entropy(b * row_unit_, 0, in_.columns, rooms_ + part * room_size(), [&](const Block<T>& block) {
           for (int64_t i = block.row_begin; i < block.row_end; ++i)
             visit(block.entropy + (i - block.row_begin) * block.entropy_stride, block.column_end - block.column_begin);
         });
     };
-    stream.sample = [&](int64_t m) { return sample_entropies(m); };
-    const auto statistics = select(stream, in_.rank, kFoundBytes / static_cast<int64_t>(sizeof(T)));
-    g_.threshold = lerp(statistics.low, statistics.high, in_.lerp_weight);
-    if (!(g_.threshold == g_.threshold)) return false;
-    result_.kept = count_at_most(stream, statistics, g_.threshold);
-    return true;
-  }
-
-  std::vector<T> sample_entropies(int64_t m) const {
-    std::vector<T> sample(m);
-    const uint64_t n = static_cast<uint64_t>(in_.rows) * static_cast<uint64_t>(in_.columns);
-    if (stored_ != nullptr) {
-      for (int64_t s = 0; s < m; ++s) {
-        const uint64_t draw = mix(s);
-        const uint64_t i = ((draw >> 32) * static_cast<uint64_t>(in_.rows)) >> 32;
-        const uint64_t j = ((draw & 0xffffffff) * static_cast<uint64_t>(in_.columns)) >> 32;
-        sample[s] = stored_[static_cast<int64_t>(i) * stored_ld_ + static_cast<int64_t>(j)];
-      }
-      return sample;
-    }
-    for_each(threads_, [&](int64_t part) {
-      for (int64_t s = m * part / threads_; s < m * (part + 1) / threads_; ++s) {
-        const int64_t at = static_cast<int64_t>(mix(s) % n), i = at / in_.columns, j = at % in_.columns;
-        const int64_t height = kernels_.panel_rows, width = kernels_.panel_columns;
-        const T* p = g_.entropy.probs_panels + i / height * height * in_.depth + i % height;
-        const T* l = g_.entropy.log_panels + j / width * width * in_.depth + j % width;
-        T sum = 0;
-        for (int64_t k = 0; k < in_.depth; ++k) sum -= p[k * height] * l[k * width];
-        sample[s] = in_.exclude_self && i == j ? std::numeric_limits<T>::infinity() : sum;
-      }
+    stream.sample = [&](uint64_t draw) { return sample_entropy(draw); };
+    select(team, stream, in_.rank, kFoundBytes / static_cast<int64_t>(sizeof(T)), selection_);
+    team.once([&] {
+      g_.threshold = lerp(selection_.low, selection_.high, in_.lerp_weight);
+      finite_ = g_.threshold == g_.threshold;
     });
-    return sample;
+    if (failed()) return;
+    const int64_t kept = count_at_most(team, stream, selection_, g_.threshold);
+    team.once([&] { result_.kept = kept; });
   }
 
-  // Matrix products over every edge cost less than visiting the kept ones when most are kept: see docs/cpu.md.
-  bool prefers_dense() const {
-    if (edges_form() != EdgesForm::measured) return edges_form() == EdgesForm::dense;
-    const double edges = static_cast<double>(in_.rows) * static_cast<double>(in_.columns);
-    const double share = static_cast<double>(result_.kept) / edges;
-    return in_.dims >= kDenseDims && in_.rows * in_.columns >= kDenseEdges && share > kDenseShare;
+  T sample_entropy(uint64_t draw) const {
+    const int64_t i = static_cast<int64_t>(((draw >> 32) * static_cast<uint64_t>(in_.rows)) >> 32);
+    const int64_t j = static_cast<int64_t>(((draw & 0xffffffff) * static_cast<uint64_t>(in_.columns)) >> 32);
+    if (stored_ != nullptr) return stored_[i * stored_ld_ + j];
+    if (in_.exclude_self && i == j) return std::numeric_limits<T>::infinity();
+    const int64_t height = kernels_.panel_rows, width = kernels_.panel_columns;
+    const T* p = probs_ + i / height * height * in_.depth + i % height;
+    const T* l = logs_ + j / width * width * in_.depth + j % width;
+    T sum = 0;
+    for (int64_t k = 0; k < in_.depth; ++k) sum -= p[k * height] * l[k * width];
+    return sum;
   }
 
-  double visit_edges() {
-    const StageTimer timer(Stage::edges);
-    if (stored_ != nullptr || in_.keep_all)
-      return visit_grid(Block<T>{0, in_.rows, 0, in_.columns, stored_, stored_ld_}, 4, 4,
-                        [&](const Block<T>& block, Scratch scratch, T*) { return kernels_.edges(g_, block, scratch); });
-    // The entropies are made again, by whole blocks.
-    return visit_grid(Block<T>{0, in_.rows, 0, in_.columns, nullptr, 0}, row_block_panels_ * kernels_.panel_rows,
-                      kernels_.panel_columns, [&](const Block<T>& part, Scratch scratch, T* room) {
-                        double loss = 0;
-                        for (int64_t b = row_block_of(part.row_begin); block_begin(b) < part.row_end; ++b)
-                          visit_entropy(b, part.column_begin, part.column_end, room, [&](const Block<T>& block) {
-                            loss += kernels_.edges(g_, block, scratch);
-                          });
-                        return loss;
-                      });
-  }
-
-  // Cuts a block into the grid described above, at multiples of the given units, and sums visit() over it.
+  // Cuts a block into the grid described above, at multiples of the given units, and adds visit() over it to the loss.
   template <class Visit>
-  double visit_grid(const Block<T>& all, int64_t row_unit, int64_t column_unit, const Visit& visit) {
+  void visit_grid(Team& team, const Block<T>& all, int64_t row_unit, int64_t column_unit, const Visit& visit) {
     const int64_t rows = all.row_end - all.row_begin, columns = all.column_end - all.column_begin;
     const int64_t parts = std::max<int64_t>(1, std::min({threads_, rows / row_unit, columns / column_unit}));
-    if (scratch_ == nullptr) {
-      scratch_bytes_ = round_up(
-          tile_scratch_bytes<T>() + 2 * g_.chunks.lanes_padded * static_cast<int64_t>(sizeof(T)), 4096);
-      scratch_ = arena_.template take<char>(threads_ * scratch_bytes_);
-      if (!in_.keep_all && stored_ == nullptr) rooms_ = arena_.template take<T>(threads_ * recomputed_block_size());
-    }
-    std::vector<double> losses(parts * parts, 0.0);
+    team.once([&] { losses_.assign(parts * parts, 0.0); });
     for (int64_t step = 0; step < parts; ++step)
-      for_each(parts, [&](int64_t r) {
+      team.for_each(parts, [&](int64_t r) {
         const int64_t c = (r + step) % parts;
         const int64_t r0 = cut(rows, row_unit, parts, r), r1 = cut(rows, row_unit, parts, r + 1);
         const int64_t c0 = cut(columns, column_unit, parts, c), c1 = cut(columns, column_unit, parts, c + 1);
         const T* h = all.entropy == nullptr ? nullptr : all.entropy + r0 * all.entropy_stride + c0;
         const Block<T> part{all.row_begin + r0, all.row_begin + r1, all.column_begin + c0, all.column_begin + c1,
                             h, all.entropy_stride};
-        T* room = rooms_ == nullptr ? nullptr : rooms_ + r * recomputed_block_size();
-        losses[r * parts + c] = visit(part, Scratch{scratch_ + r * scratch_bytes_}, room);
+        losses_[r * parts + c] = visit(part, Scratch{scratch_ + r * scratch_bytes_}, rooms_ + r * room_size());
       });
-    double total = 0;
-    for (double loss : losses) total += loss;
-    return total;
-  }
-
-  // Blocks of all edges: the dot products and the gradients are matrix products of torch's, threaded by it.
-  double visit_dense() {
-    const StageTimer timer(Stage::edges);
-    const bool recomputed = !in_.keep_all && stored_ == nullptr;
-    const int64_t row_unit = in_.keep_all ? 64 : row_block_panels_ * kernels_.panel_rows;
-    const int64_t block_rows = std::min(round_up(in_.rows, row_unit), kDenseRows / row_unit * row_unit);
-    const int64_t ld = std::min(round_up(in_.columns, kernels_.panel_columns), kDenseColumns);
-    T* dots[3];
-    for (T*& dot : dots) dot = arena_.template take<T>(block_rows * ld);
-    T* entropy = recomputed ? arena_.template take<T>(block_rows * ld) : nullptr;
-    std::vector<double> losses(block_rows);
-    std::vector<int64_t> literals(block_rows);
-    double total = 0;
-    for (int64_t r0 = 0; r0 < in_.rows; r0 += block_rows)
-      for (int64_t c0 = 0; c0 < in_.columns; c0 += ld) {
-        const int64_t r1 = std::min(in_.rows, r0 + block_rows), c1 = std::min(in_.columns, c0 + ld);
-        for (int part = 0; part < 3; ++part)
-          for (int64_t c = 0; c < g_.chunks.count; ++c) {
-            at::Tensor out = matrix(dots[part], r1 - r0, c1 - c0, ld);
-            at::addmm_out(out, out, vectors(g_.a, c, r0, r1, part), vectors(g_.b, c, c0, c1, part).t(), c == 0 ? 0 : 1);
-          }
-        if (recomputed)
-          for_each((r1 - r0 + row_unit - 1) / row_unit, [&](int64_t k) {
-            compute_entropy(row_block_of(r0) + k, c0 / kernels_.panel_columns,
-                            (c1 + kernels_.panel_columns - 1) / kernels_.panel_columns, entropy + k * row_unit * ld, ld);
-          });
-        for_each(r1 - r0, [&](int64_t r) {
-          const T* h = recomputed ? entropy + r * ld : stored_ ? stored_ + (r0 + r) * stored_ld_ + c0 : nullptr;
-          literals[r] = 0;
-          losses[r] = kernels_.weigh_row(g_, r0 + r, c0, c1, h, dots[0] + r * ld, dots[1] + r * ld, dots[2] + r * ld,
-                                         &literals[r]);
-        });
-        int64_t n_literal = 0;
-        for (int64_t r = 0; r < r1 - r0; ++r) total += losses[r], n_literal += literals[r];
-        if (in_.need_grad) {
-          const auto beta = matrix(dots[0], r1 - r0, c1 - c0, ld), gamma = matrix(dots[1], r1 - r0, c1 - c0, ld);
-          add_dense_gradients(g_.a, r0, r1, g_.b, c0, c1, beta, gamma);
-          add_dense_gradients(g_.b, c0, c1, g_.a, r0, r1, beta.t(), gamma.t());
-        }
-        if (n_literal > 0) {  // edge by edge, found by the marks that weigh_row left
-          Graph<T> marked = g_;
-          marked.threshold = T(0.5);
-          total += visit_grid(Block<T>{r0, r1, c0, c1, dots[2], ld}, 4, 4,
-                              [&](const Block<T>& block, Scratch scratch, T*) {
-                                return kernels_.edges(marked, block, scratch);
-                              });
-        }
-      }
-    return total;
+    team.once([&] {
+      for (double loss : losses_) result_.loss += loss;
+    });
   }
 
   static at::Tensor matrix(T* data, int64_t rows, int64_t columns, int64_t stride) {
@@ -379,8 +366,8 @@ template <class T> class GraphRun {
     return matrix(const_cast<T*>(side.vectors(g_.chunks, c, begin)) + part * width, end - begin, width, 3 * width);
   }
 
-  void add_dense_gradients(const Side<T>& own, int64_t o0, int64_t o1, const Side<T>& other, int64_t n0, int64_t n1,
-                           const at::Tensor& beta, const at::Tensor& gamma) const {
+  void add_products(const Side<T>& own, int64_t o0, int64_t o1, const Side<T>& other, int64_t n0, int64_t n1,
+                    const at::Tensor& beta, const at::Tensor& gamma) const {
     matrix(own.beta_sum + o0, 1, o1 - o0, 1).add_(beta.sum(1));
     matrix(own.gamma_sum + o0, 1, o1 - o0, 1).add_(gamma.sum(1));
     for (int64_t c = 0; c < g_.chunks.count; ++c) {
@@ -391,9 +378,9 @@ template <class T> class GraphRun {
     }
   }
 
-  void add_gradient(const Side<T>& side, const GradTarget<T>& target) {
-    const int64_t parts = 4 * threads_;
-    for_each(parts, [&](int64_t part) {
+  void add_gradient(Team& team, const Side<T>& side, const GradTarget<T>& target) {
+    const int64_t parts = 2 * threads_;
+    team.for_each(parts, [&](int64_t part) {
       const int64_t begin = cut(side.count, 16, parts, part), end = cut(side.count, 16, parts, part + 1);
       const int64_t middle = std::clamp(target.cut, begin, end);
       if (begin < middle)
@@ -409,12 +396,24 @@ template <class T> class GraphRun {
   const Kernels<T>& kernels_;
   Arena& arena_;
   Graph<T> g_{};
-  GraphResult result_{};
-  char* scratch_ = nullptr;  // of every thread
-  int64_t scratch_bytes_ = 0;
-  T* rooms_ = nullptr;   // of every thread, a block of recomputed entropies
+  struct {
+    double loss;  // not yet divided by the count
+    int64_t kept;
+  } result_{0, 0};
+  bool finite_ = true;
+  T *center_s_, *center_t_;
+  int64_t row_panels_ = 0, column_panels_ = 0;
+  int64_t row_unit_;  // rows of a block of entropies, whole panels
+  T *probs_ = nullptr, *logs_ = nullptr;
   T* stored_ = nullptr;  // H, rows x columns padded to whole panels; null where recomputed
-  int64_t stored_ld_ = 0, row_panels_ = 0, column_panels_ = 0, row_block_panels_ = 0, row_blocks_ = 0;
+  int64_t stored_ld_ = 0;
+  char* scratch_;  // of every thread
+  int64_t scratch_bytes_;
+  T* rooms_ = nullptr;  // of every thread, a block of recomputed entropies
+  // Shared by the team's threads.
+  std::vector<char> finite_by_part_;
+  std::vector<double> losses_;
+  Selection<T> selection_;
 };
 
 template <class T> void fill(const GradTarget<T>& target, int64_t vertices, int64_t dims, T value) {
@@ -438,65 +437,79 @@ std::atomic<EdgesForm> chosen_form{EdgesForm::measured};
 EdgesForm edges_form() { return chosen_form.load(std::memory_order_relaxed); }
 void set_edges_form(EdgesForm form) { chosen_form.store(form, std::memory_order_relaxed); }
 
+// All phases of one graph but the last, and what that leaves to do outside of a parallel region.
+template <class T> void run_phases(Team& team, GraphRun<T>& run, bool need_grad, bool with_gradients) {
+  run.prepare(team);
+  if (run.failed() || run.prefers_dense()) return;
+  run.visit_edges(team);
+  if (need_grad && with_gradients) run.add_gradients(team);
+}
+
 template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs) {
   int64_t most = 0;
   for (const auto& input : inputs) most = std::max(most, input.rows * input.columns * input.dims);
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  const bool small = most <= kSmallGraph;
-  const int64_t n = static_cast<int64_t>(inputs.size());
   std::vector<GraphResult> results;
-  const auto finish = [&](int64_t k, GraphRun<T>& run, bool finite) {
-    if (!finite) {
-      poison(inputs[k]);
-    } else if (inputs[k].need_grad) {
-      run.add_gradients();
+  const auto finish = [&](const GraphInput<T>& input, GraphRun<T>& run, int64_t team_threads, bool gradients_added) {
+    const bool dense = !run.failed() && run.prefers_dense();
+    if (dense) run.visit_dense();
+    if (run.failed()) {
+      poison(input);
+    } else if (input.need_grad && (dense || !gradients_added)) {
+      Team::run(team_threads, [&](Team& team) { run.add_gradients(team); });
     }
     results.push_back(run.result());
   };
-  if (small && n > 1) {  // a thread a graph; then the gradients, which share their targets
-    std::vector<std::unique_ptr<GraphRun<T>>> runs(n);
+  if (most <= kThreadPerGraph) {
+    // Small graphs: a thread each, and no barriers. Their gradients have common targets and are added one by one.
+    const int64_t n = static_cast<int64_t>(inputs.size());
     std::vector<BorrowedArena> arenas(n);
-    std::vector<char> finite(n, 1);
-    for_each(n, [&](int64_t k) {
-      runs[k] = std::make_unique<GraphRun<T>>(inputs[k], 1, *arenas[k]);
-      finite[k] = runs[k]->run();
+    std::vector<std::unique_ptr<GraphRun<T>>> runs(n);
+    for (int64_t k = 0; k < n; ++k) runs[k] = std::make_unique<GraphRun<T>>(inputs[k], 1, *arenas[k]);
+    Team::run(most <= kOneThread ? 1 : std::min(threads, n), [&](Team& team) {
+      team.for_each(n, [&](int64_t k) {
+        Team::run(1, [&](Team& alone) { run_phases(alone, *runs[k], inputs[k].need_grad, false); });
+      });
     });
-    for (int64_t k = 0; k < n; ++k) finish(k, *runs[k], finite[k]);
+    for (int64_t k = 0; k < n; ++k) finish(inputs[k], *runs[k], 1, false);
     return results;
   }
-  BorrowedArena arena;  // one graph after the other, in the same memory
-  for (int64_t k = 0; k < n; ++k) {
+  BorrowedArena arena;
+  for (const auto& input : inputs) {  // one graph after the other, in the same memory
     (*arena).reset();
-    GraphRun<T> run(inputs[k], threads, *arena);
-    const bool finite = run.run();
-    finish(k, run, finite);
+    GraphRun<T> run(input, threads, *arena);
+    Team::run(threads, [&](Team& team) { run_phases(team, run, input.need_grad, true); });
+    finish(input, run, threads, true);
   }
   return results;
 }
 
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   Stream<T> stream;
   stream.n = n;
-  stream.parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), n >> 14));
-  stream.for_each = [](int64_t parts, const std::function<void(int64_t)>& body) { for_each(parts, body); };
+  stream.parts = std::max<int64_t>(1, std::min<int64_t>(threads, n >> 14));
   stream.visit_part = [&](int64_t part, const Run<T>& visit) {
     const int64_t begin = n * part / stream.parts, end = n * (part + 1) / stream.parts;
     visit(x + begin, end - begin);
   };
-  stream.sample = [&](int64_t m) {
-    std::vector<T> sample(m);
-    for (int64_t s = 0; s < m; ++s) sample[s] = x[mix(s) % static_cast<uint64_t>(n)];
-    return sample;
-  };
-  const auto statistics = select(stream, rank, std::min(n, kFoundBytes / static_cast<int64_t>(sizeof(T))));
-  *low = statistics.low;
-  *high = statistics.high;
+  stream.sample = [&](uint64_t draw) { return x[draw % static_cast<uint64_t>(n)]; };
+  Selection<T> selection;
+  const int64_t room = std::min(n, kFoundBytes / static_cast<int64_t>(sizeof(T)));
+  Team::run(stream.parts, [&](Team& team) { select(team, stream, rank, room, selection); });
+  *low = selection.low;
+  *high = selection.high;
 }
 
 template <class T> T lerp(T low, T high, double weight) {
-  const auto options = at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value);
-  const at::Tensor ends = at::tensor({low, high}, options);
-  return at::lerp(ends[0], ends[1], at::scalar_tensor(weight, options)).template item<T>();
+  if (weight == 0) return low;  // beside an infinity a product would make NaN of it
+  // torch's kernel multiplies and adds in one rounding wherever it is compiled for fused multiply-add.
+  static const bool fused = at::get_cpu_capability() != "DEFAULT";
+  const T w = static_cast<T>(weight), difference = high - low;
+  const T factor = w < T(0.5) ? w : w - T(1), base = w < T(0.5) ? low : high;
+  if (fused) return std::fma(factor, difference, base);
+  const volatile T product = factor * difference;  // rounded, whatever the compiler may contract
+  return base + product;
 }
 
 template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<float>>&);

@@ -42,7 +42,7 @@ template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphIn
 // Exact order statistics (sorted[rank], sorted[rank + 1]) of a contiguous array; NaN if any value is.
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high);
 
-// torch's own lerp, so that a threshold has the bits torch.quantile gives it.
+// What torch.lerp gives, to the bit, so that a threshold is the one of torch.quantile.
 template <class T> T lerp(T low, T high, double weight);
 
 }  // namespace vrm

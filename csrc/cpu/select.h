@@ -6,6 +6,7 @@
 #pragma once
 
 #include "graph.h"
+#include "team.h"
 
 #include <algorithm>
 #include <cmath>
@@ -18,13 +19,6 @@
 
 namespace vrm {
 
-// Two neighbouring order statistics. `kept` counts the values at or below a threshold, see count_at_most().
-template <class T> struct OrderStatistics {
-  T low, high;  // sorted[rank], sorted[min(rank + 1, n - 1)]; NaN if any value is
-  int64_t below;         // values below the bracket ...
-  std::vector<T> found;  // ... and the values inside it; empty if the digit passes were needed
-};
-
 template <class T> using Run = std::function<void(const T* x, int64_t n)>;
 
 // A replayable stream of n values in `parts` parts that may be visited concurrently.
@@ -32,8 +26,22 @@ template <class T> struct Stream {
   int64_t n;
   int64_t parts;
   std::function<void(int64_t part, const Run<T>& visit)> visit_part;
-  std::function<void(int64_t parts, const std::function<void(int64_t)>& body)> for_each;
-  std::function<std::vector<T>(int64_t m)> sample;  // m pseudo-random values; close to the stream's is enough
+  std::function<T(uint64_t draw)> sample;  // a value chosen by 64 random bits; close to the stream's is enough
+};
+
+// Two neighbouring order statistics, and what a team shares on the way to them.
+template <class T> struct Selection {
+  T low, high;  // sorted[rank], sorted[min(rank + 1, n - 1)]; NaN if any value is
+  int64_t below = 0;     // values below the bracket ...
+  std::vector<T> found;  // ... and the values inside it; empty if the digit passes were needed
+  bool done = false;
+
+  T bracket_low, bracket_high;
+  std::vector<T> sample;
+  std::vector<std::vector<T>> found_by_part;
+  std::vector<int64_t> counts;
+  std::vector<std::vector<int64_t>> digit_counts;
+  bool nan = false;
 };
 
 template <class T> struct Key;
@@ -66,38 +74,38 @@ inline uint64_t mix(uint64_t x) {  // splitmix64: a fixed pseudo-random sequence
   return x ^ (x >> 31);
 }
 
-// sorted[rank] by 16-bit digits of the keys. False if a value is NaN.
-template <class T> bool select_by_digits(const Stream<T>& stream, int64_t rank, T* value) {
+// sorted[rank] by 16-bit digits of the keys; NaN if a value is. For all threads of a team, into shared memory.
+template <class T>
+void select_by_digits(Team& team, const Stream<T>& stream, int64_t rank, Selection<T>& shared, T& value) {
   using U = typename Key<T>::type;
   constexpr int bits = sizeof(T) * 8;
   U prefix = 0;
-  bool nan = false;
   for (int shift = bits - 16; shift >= 0; shift -= 16) {
-    std::vector<std::vector<int64_t>> counts(stream.parts);
-    std::vector<char> nans(stream.parts, 0);
-    stream.for_each(stream.parts, [&](int64_t part) {
-      counts[part].assign(1 << 16, 0);
+    team.once([&] {
+      shared.digit_counts.assign(stream.parts, std::vector<int64_t>(1 << 16, 0));
+      shared.counts.assign(stream.parts, 0);
+    });
+    team.for_each(stream.parts, [&](int64_t part) {
       stream.visit_part(part, [&](const T* x, int64_t n) {
         for (int64_t k = 0; k < n; ++k) {
-          if (std::isnan(x[k])) nans[part] = 1;
+          shared.counts[part] += std::isnan(x[k]);
           const U key = to_key(x[k]);
-          if (shift + 16 == bits || key >> (shift + 16) == prefix) ++counts[part][(key >> shift) & 0xffff];
+          if (shift + 16 == bits || key >> (shift + 16) == prefix) ++shared.digit_counts[part][(key >> shift) & 0xffff];
         }
       });
     });
-    for (char found : nans) nan = nan || found;
-    if (nan) return false;
+    for (int64_t count : shared.counts)
+      if (count > 0) return team.once([&] { value = std::numeric_limits<T>::quiet_NaN(); });
     U digit = 0;
     for (;; ++digit) {
       int64_t here = 0;
-      for (const auto& count : counts) here += count[digit];
+      for (const auto& counts : shared.digit_counts) here += counts[digit];
       if (rank < here) break;
       rank -= here;
     }
-    prefix = static_cast<U>(prefix << 16) | digit;
+    prefix = static_cast<U>(static_cast<U>(prefix << 15) << 1) | digit;
   }
-  *value = from_key<T>(prefix);
-  return true;
+  team.once([&] { value = from_key<T>(prefix); });
 }
 
 // Values between which sorted[rank] of n values very likely lies, from a sample of them, which is reordered.
@@ -138,64 +146,81 @@ template <class T> std::pair<T, T> select_pair(std::vector<T> values, int64_t ra
   return {low, next == rank ? low : *std::min_element(values.begin() + next, values.end())};
 }
 
-template <class T> OrderStatistics<T> select(const Stream<T>& stream, int64_t rank, int64_t room) {
-  const T nan = std::numeric_limits<T>::quiet_NaN();
+// For all threads of a team. `room` bounds the values collected.
+template <class T>
+void select(Team& team, const Stream<T>& stream, int64_t rank, int64_t room, Selection<T>& shared) {
   const int64_t next = std::min(rank + 1, stream.n - 1);
   const double n = static_cast<double>(stream.n);
   // Larger samples cost more and leave fewer values inside the bracket.
-  std::vector<T> sample = stream.sample(static_cast<int64_t>(std::min(n, std::clamp(std::pow(n, 0.6), 256.0, 262144.0))));
-  for (T x : sample)
-    if (std::isnan(x)) return {nan, nan, 0, {}};
-  double share;
-  const auto [low, high] = bracket(sample, rank, n, &share);
-  room = std::min(room, 4096 * stream.parts + static_cast<int64_t>(2 * share * n));
-
-  std::vector<std::vector<T>> found(stream.parts);
-  std::vector<int64_t> n_found(stream.parts, 0), below(stream.parts, 0);
-  const int64_t part_room = room / stream.parts;
-  const auto& kernel = kernels<T>();
-  stream.for_each(stream.parts, [&, low = low, high = high](int64_t part) {
-    found[part].resize(part_room + kAlignBytes);  // split() stores whole registers
-    stream.visit_part(part, [&, low = low, high = high](const T* x, int64_t count) {
-      below[part] += kernel.split(x, count, low, high, found[part].data(), part_room, &n_found[part]);
-    });
+  const int64_t m = static_cast<int64_t>(std::min(n, std::clamp(std::pow(n, 0.6), 256.0, 262144.0)));
+  constexpr int64_t piece = 1024;
+  team.once([&] { shared.sample.resize(m); });
+  team.for_each((m + piece - 1) / piece, [&](int64_t k) {
+    for (int64_t s = k * piece; s < std::min(m, (k + 1) * piece); ++s) shared.sample[s] = stream.sample(mix(s));
   });
-  OrderStatistics<T> out{nan, nan, 0, {}};
-  bool overflow = false;
-  for (int64_t part = 0; part < stream.parts; ++part) {
-    out.below += below[part];
-    overflow = overflow || n_found[part] > part_room;
-    if (!overflow) out.found.insert(out.found.end(), found[part].begin(), found[part].begin() + n_found[part]);
-    found[part] = {};
-  }
-  const int64_t within = static_cast<int64_t>(out.found.size());
-  if (!overflow) {
-    for (T x : out.found)
-      if (std::isnan(x)) return {nan, nan, 0, {}};
-    if (rank >= out.below && next < out.below + within) {
-      std::tie(out.low, out.high) = select_pair(out.found, rank - out.below, next - out.below);
-      return out;
+  team.once([&] {
+    for (T x : shared.sample)
+      if (std::isnan(x)) {
+        shared.low = shared.high = x;
+        shared.done = true;
+        return;
+      }
+    double share;
+    std::tie(shared.bracket_low, shared.bracket_high) = bracket(shared.sample, rank, n, &share);
+    room = std::min(room, 4096 * stream.parts + static_cast<int64_t>(2 * share * n)) / stream.parts;
+    shared.found_by_part.assign(stream.parts, std::vector<T>(room + kAlignBytes));  // split() stores whole registers
+    shared.counts.assign(2 * stream.parts, 0);
+  });
+  if (shared.done) return;
+  team.for_each(stream.parts, [&](int64_t part) {
+    std::vector<T>& found = shared.found_by_part[part];
+    int64_t below = 0, n_found = 0;
+    stream.visit_part(part, [&](const T* x, int64_t count) {
+      below += kernels<T>().split(x, count, shared.bracket_low, shared.bracket_high, found.data(),
+                                  static_cast<int64_t>(found.size()) - kAlignBytes, &n_found);
+    });
+    shared.counts[2 * part] = below;
+    shared.counts[2 * part + 1] = n_found;
+  });
+  team.once([&] {
+    bool overflow = false;
+    for (int64_t part = 0; part < stream.parts; ++part) {
+      std::vector<T>& found = shared.found_by_part[part];
+      const int64_t n_found = shared.counts[2 * part + 1];
+      shared.below += shared.counts[2 * part];
+      overflow = overflow || n_found > static_cast<int64_t>(found.size()) - kAlignBytes;
+      if (!overflow) shared.found.insert(shared.found.end(), found.begin(), found.begin() + n_found);
+      found = {};
     }
-  }
-  out.found.clear();
-  if (select_by_digits(stream, rank, &out.low)) select_by_digits(stream, next, &out.high);
-  return out;
+    const int64_t within = static_cast<int64_t>(shared.found.size());
+    for (T x : shared.found)
+      if (std::isnan(x)) shared.nan = true;
+    if (shared.nan) {
+      shared.low = shared.high = std::numeric_limits<T>::quiet_NaN();
+      shared.done = true;
+    } else if (!overflow && rank >= shared.below && next < shared.below + within) {
+      std::tie(shared.low, shared.high) = select_pair(shared.found, rank - shared.below, next - shared.below);
+      shared.done = true;
+    } else {
+      shared.found.clear();
+    }
+  });
+  if (shared.done) return;
+  select_by_digits(team, stream, rank, shared, shared.low);
+  select_by_digits(team, stream, next, shared, shared.high);
 }
 
-// How many values of the stream are at or below a threshold between the two statistics.
+// How many values of the stream are at or below a threshold between the two statistics. For all threads of a team.
 template <class T>
-int64_t count_at_most(const Stream<T>& stream, const OrderStatistics<T>& statistics, T threshold) {
-  if (!statistics.found.empty())
-    return statistics.below + std::count_if(statistics.found.begin(), statistics.found.end(),
-                                            [=](T x) { return x <= threshold; });
-  std::vector<int64_t> counts(stream.parts, 0);
-  stream.for_each(stream.parts, [&](int64_t part) {
-    stream.visit_part(part, [&](const T* x, int64_t n) {
-      for (int64_t k = 0; k < n; ++k) counts[part] += x[k] <= threshold;
-    });
+int64_t count_at_most(Team& team, const Stream<T>& stream, Selection<T>& shared, T threshold) {
+  const auto at_most = [=](T x) { return x <= threshold; };
+  if (!shared.found.empty()) return shared.below + std::count_if(shared.found.begin(), shared.found.end(), at_most);
+  team.once([&] { shared.counts.assign(stream.parts, 0); });
+  team.for_each(stream.parts, [&](int64_t part) {
+    stream.visit_part(part, [&](const T* x, int64_t n) { shared.counts[part] += std::count_if(x, x + n, at_most); });
   });
   int64_t total = 0;
-  for (int64_t count : counts) total += count;
+  for (int64_t count : shared.counts) total += count;
   return total;
 }
 

@@ -13,8 +13,11 @@ inline std::atomic<int64_t> stage_nanoseconds[static_cast<int>(Stage::count)];
 
 class StageTimer {
  public:
-  explicit StageTimer(Stage stage) : stage_(stage), start_(std::chrono::steady_clock::now()) {}
+  // Of a team's threads one counts.
+  explicit StageTimer(Stage stage, bool counts = true)
+      : stage_(stage), counts_(counts), start_(std::chrono::steady_clock::now()) {}
   ~StageTimer() {
+    if (!counts_) return;
     const auto elapsed = std::chrono::steady_clock::now() - start_;
     stage_nanoseconds[static_cast<int>(stage_)].fetch_add(
         std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count(), std::memory_order_relaxed);
@@ -24,6 +27,7 @@ class StageTimer {
 
  private:
   const Stage stage_;
+  const bool counts_;
   const std::chrono::steady_clock::time_point start_;
 };
 
