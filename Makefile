@@ -23,12 +23,15 @@ test: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.stages
 
 bench-quick: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
 
 bench-pytest: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest benchmarks/test_bench_small.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 build: $(READY)
 

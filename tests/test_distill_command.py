@@ -20,6 +20,7 @@ for _module in ("kornia", "matplotlib", "rich", "safetensors", "sklearn"):
     pytest.importorskip(_module)
 
 QUICK = ["--train-images=128", "--batch-size=32", "--teacher=conv_8_16_16", "--teacher-epochs=3", "--epochs=4"]
+QUICK += ["--lr=0.03", "--alpha=2", "--beta=1"]
 QUICK += ["--seeds=2", "--seed=5"]
 OUTPUTS = {"curves.png", "log.csv", "student.safetensors", "summary.md", "teacher.safetensors"}
 

@@ -41,7 +41,7 @@ def _refused(capsys, tmp_path, *arguments):
         ("--epochs", "many", "whole number"),
         ("--teacher-epochs", "0", "at least 1"),
         ("--batch-size", "1", "at least 2"),
-        ("--batch-size", "301", "300 training images"),
+        ("--batch-size", "901", "900 training images"),
         ("--train-images", "19", "20 to 900"),
         ("--train-images", "901", "20 to 900"),
         ("--lr", "0", "> 0"),

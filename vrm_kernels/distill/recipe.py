@@ -112,10 +112,11 @@ def run(settings: Settings, data: ImageData, console: Console) -> Result:
             initial = trainer.new_model(settings.student, seed)
             accuracies = []
             for method, title in METHODS.items():
-                progress.update(trainer.bar, description=f"seed {seed}, {title}")
+                short = title.removeprefix("student ")
+                progress.update(trainer.bar, description=f"seed {seed} {short}")
                 student = deepcopy(initial)
                 last = trainer.train(method, seed, student, teacher)
-                accuracies.append(f"{title.removeprefix('student ')} {last['test_accuracy']:.1%}")
+                accuracies.append(f"{short} {last['test_accuracy']:.1%}")
                 # Which student to save is chosen by the validation images: the test images only judge.
                 if method == "distilled" and (
                     best is None or last["validation_accuracy"] > best["validation_accuracy"]
@@ -249,12 +250,11 @@ class _Log:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<36}"),
-        BarColumn(),
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("epochs"),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
     )
