@@ -26,7 +26,7 @@ Tensor prepare(const Tensor& x, at::ScalarType type) {
 template <class T> Strided<T> rows_of(const Tensor& x) { return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)}; }
 template <class T> Strided<T> columns_of(const Tensor& x) { return {x.const_data_ptr<T>(), x.stride(1), x.stride(0)}; }
 
-Tensor log_probs(const Tensor& probs) { return at::log(at::add(probs, 1e-7)); }
+Tensor log_probs(const Tensor& probs) { return at::add(probs, 1e-7).log_(); }
 
 Tensor scalar(double value, at::ScalarType type) { return at::scalar_tensor(value, at::TensorOptions().dtype(type)); }
 
