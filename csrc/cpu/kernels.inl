@@ -34,17 +34,13 @@ void pack_panel(Strided<T> m, int64_t count, int64_t depth, int64_t panel, int64
   }
 }
 
-// c [kPanelRows][2 registers] = (first ? 0 : c) - sum_k a[k][row] b[k][column]
+// c [kPanelRows][2 registers] = (first ? 0 : c) - sum_k a[k][row] b[k][column]. The sum of a block is added to c as a
+// whole: a running sum over tens of thousands of classes would lose digits that decide which edges are kept.
 template <class T>
 VRM_INLINE void multiply_panels(const T* __restrict a, const T* __restrict b, int64_t depth, bool first,
                                 T* __restrict c, int64_t ld) {
   constexpr int64_t lanes = kLanes<T>;
-  Vec<T> acc[kPanelRows][2];
-#pragma GCC unroll 16
-  for (int r = 0; r < kPanelRows; ++r) {
-    acc[r][0] = first ? Vec<T>{} : load(c + r * ld);
-    acc[r][1] = first ? Vec<T>{} : load(c + r * ld + lanes);
-  }
+  Vec<T> acc[kPanelRows][2] = {};
   for (int64_t k = 0; k < depth; ++k) {
     const Vec<T> b0 = load(b), b1 = load(b + lanes);
 #pragma GCC unroll 16
@@ -58,8 +54,9 @@ VRM_INLINE void multiply_panels(const T* __restrict a, const T* __restrict b, in
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kPanelRows; ++r) {
-    store(c + r * ld, acc[r][0]);
-    store(c + r * ld + lanes, acc[r][1]);
+    T* to = c + r * ld;
+    store(to, first ? acc[r][0] : load(to) + acc[r][0]);
+    store(to + lanes, first ? acc[r][1] : load(to + lanes) + acc[r][1]);
   }
 }
 
