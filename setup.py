@@ -29,9 +29,12 @@ FLAGS = [
 ]
 
 
-def report(reason: str) -> None:
-    """Leaves the reason where describe() finds it."""
-    REPORT.write_text(f'"""Written by setup.py: why vrm_kernels._C is missing; empty where it was built."""\n\nREASON = {reason!r}\n')
+def report(reason: str, *copies: Path) -> None:
+    """Leaves the reason where describe() finds it: in the source tree, and in ``copies`` made from it before."""
+    for path in (REPORT, *copies):
+        path.write_text(
+            f'"""Written by setup.py: why vrm_kernels._C is missing; empty where it was built."""\n\nREASON = {reason!r}\n'
+        )
     if reason:
         banner = "!" * 88
         print(f"{banner}\nvrm_kernels: the fast CPU backend `cpp` was NOT built: {reason}\n"
@@ -58,7 +61,9 @@ def extension():
                 if os.environ.get("VRM_KERNELS_REQUIRE_EXTENSION"):
                     raise
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                report(f"the compiler {get_cxx_compiler()!r} failed: {lines[0] if lines else type(error).__name__}")
+                reason = f"the compiler {get_cxx_compiler()!r} failed: {lines[0] if lines else type(error).__name__}"
+                copied = Path(self.build_lib, "vrm_kernels", REPORT.name)
+                report(reason, *([copied] if copied.exists() else []))
                 self.extensions = []
 
     module = CppExtension("vrm_kernels._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS})
