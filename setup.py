@@ -10,7 +10,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 REPORT = ROOT / "vrm_kernels" / "_build_report.py"
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
-HEADERS = sorted(str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for p in (ROOT / "csrc").glob(f"**/{pattern}"))
+HEADERS = sorted(
+    str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for p in (ROOT / "csrc").glob(f"**/{pattern}")
+)
 FLAGS = [
     "-O3",
     "-g0",
@@ -33,12 +35,16 @@ def report(reason: str, *copies: Path) -> None:
     """Leaves the reason where describe() finds it: in the source tree, and in ``copies`` made from it before."""
     for path in (REPORT, *copies):
         path.write_text(
-            f'"""Written by setup.py: why vrm_kernels._C is missing; empty where it was built."""\n\nREASON = {reason!r}\n'
+            '"""Written by setup.py: why vrm_kernels._C is missing; empty where it was built."""\n\n'
+            f"REASON = {reason!r}\n"
         )
     if reason:
         banner = "!" * 88
-        print(f"{banner}\nvrm_kernels: the fast CPU backend `cpp` was NOT built: {reason}\n"
-              f"The pure-PyTorch backend `torch` will be used instead.\n{banner}", file=sys.stderr)
+        print(
+            f"{banner}\nvrm_kernels: the fast CPU backend `cpp` was NOT built: {reason}\n"
+            f"The pure-PyTorch backend `torch` will be used instead.\n{banner}",
+            file=sys.stderr,
+        )
 
 
 def extension():
@@ -49,8 +55,10 @@ def extension():
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
     except ImportError as error:
-        report(f"torch is needed to build it and is not installed here ({error}); "
-               "install torch first and build with --no-build-isolation")
+        report(
+            f"torch is needed to build it and is not installed here ({error}); "
+            "install torch first and build with --no-build-isolation"
+        )
         return [], {}
 
     class Build(BuildExtension):
@@ -61,9 +69,12 @@ def extension():
                 if os.environ.get("VRM_KERNELS_REQUIRE_EXTENSION"):
                     raise
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                reason = f"the compiler {get_cxx_compiler()!r} failed: {lines[0] if lines else type(error).__name__}"
+                reason = f"the compiler {get_cxx_compiler()!r} failed: "
+                reason += f"{lines[0] if lines else type(error).__name__} (pip install -v shows its messages)"
                 copied = Path(self.build_lib, "vrm_kernels", REPORT.name)
                 report(reason, *([copied] if copied.exists() else []))
+                for stale in REPORT.parent.glob("_C.*"):  # an older build must not pass for this one
+                    stale.unlink()
                 self.extensions = []
 
     module = CppExtension("vrm_kernels._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS})

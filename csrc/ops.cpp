@@ -1,5 +1,6 @@
 // The CPU operators: arguments to the kernels' own structures, and the schemas.
 #include "cpu/relation_graph.h"
+#include "cpu/select.h"
 
 #include <torch/library.h>
 
@@ -34,6 +35,27 @@ Tensor zero_grad(const Tensor& x, bool needed) {
   return needed ? at::zeros(x.sizes(), x.options()) : at::empty({0}, x.options());
 }
 
+// P and log(P' + 1e-7), or nothing; kept alive by the caller.
+template <class T> void rank_by(GraphInput<T>& input, const Tensor& probs, const Tensor& logs) {
+  input.keep_all = !probs.defined();
+  if (input.keep_all) return;
+  input.depth = probs.size(1);
+  input.probs = rows_of<T>(probs), input.log_probs = rows_of<T>(logs);
+}
+
+template <class T> void describe(GraphInput<T>& input, const Tensor& a, const Tensor& b, const Tensor& teacher_a,
+                                 const Tensor& teacher_b, const Tensor& grad_a, const Tensor& grad_b, double delta,
+                                 bool exclude_self, bool need_grad) {
+  input.rows = a.size(0), input.columns = b.size(0), input.dims = a.size(1);
+  input.student_a = rows_of<T>(a), input.student_b = rows_of<T>(b);
+  input.teacher_a = rows_of<T>(teacher_a), input.teacher_b = rows_of<T>(teacher_b);
+  input.exclude_self = exclude_self, input.need_grad = need_grad;
+  input.delta = delta, input.weight = 1;
+  if (!need_grad) return;
+  input.grad_a = {grad_a.template mutable_data_ptr<T>(), nullptr, input.rows, grad_a.stride(0), grad_a.stride(1)};
+  input.grad_b = {grad_b.template mutable_data_ptr<T>(), nullptr, input.columns, grad_b.stride(0), grad_b.stride(1)};
+}
+
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
                                                           const Tensor& teacher_b, const Tensor& probs,
@@ -41,19 +63,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_graph(const Tensor& a, const
                                                           double delta, bool exclude_self, bool need_grad) {
   const auto grad_a = zero_grad(a, need_grad), grad_b = zero_grad(b, need_grad);
   GraphInput<T> input{};
-  input.rows = a.size(0), input.columns = b.size(0), input.dims = a.size(1);
-  input.student_a = rows_of<T>(a), input.student_b = rows_of<T>(b);
-  input.teacher_a = rows_of<T>(teacher_a), input.teacher_b = rows_of<T>(teacher_b);
-  input.keep_all = !probs.defined();
-  if (probs.defined()) {
-    input.depth = probs.size(1);
-    input.probs = rows_of<T>(probs), input.log_probs = rows_of<T>(log_probs);
-  }
-  input.exclude_self = exclude_self, input.need_grad = need_grad;
+  describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, exclude_self, need_grad);
+  rank_by(input, probs, log_probs);
   input.rank = rank, input.lerp_weight = lerp_weight;
-  input.delta = delta, input.weight = 1;
-  input.grad_a = {grad_a.template mutable_data_ptr<T>(), nullptr, input.rows, input.dims, 1};
-  input.grad_b = {grad_b.template mutable_data_ptr<T>(), nullptr, input.columns, input.dims, 1};
   const GraphResult result = run_graphs<T>({input})[0];
   return {scalar(result.loss, a.scalar_type()), grad_a, grad_b, scalar(static_cast<double>(result.kept), at::kLong)};
 }
@@ -74,6 +86,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, c
   const auto run = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
   return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, rank,
              lerp_weight, delta, exclude_self, need_grad);
+}
+
+template <class T> Tensor joint_entropy(const Tensor& probs, const Tensor& logs) {
+  const int64_t rows = probs.size(0), columns = logs.size(0), pad = kEntropyPad;
+  const int64_t stride = (columns + pad - 1) / pad * pad;
+  const Tensor h = at::empty({rows + pad, stride}, probs.options());
+  joint_entropy<T>(rows_of<T>(probs), rows_of<T>(logs), rows, columns, probs.size(1),
+                   h.mutable_data_ptr<T>(), stride);
+  return h.narrow(0, 0, rows).narrow(1, 0, columns);
+}
+
+Tensor cpu_joint_entropy(const Tensor& probs_a, const Tensor& probs_b) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto type = compute_type({probs_a, probs_b});
+  const Tensor p = prepare(probs_a, type), l = prepare(log_probs(probs_b.to(type)), type);
+  return type == at::kDouble ? joint_entropy<double>(p, l) : joint_entropy<float>(p, l);
+}
+
+template <class T>
+void count_rows(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits, const Tensor& counts) {
+  for (int64_t i = 0; i < x.size(0); ++i)
+    count_digits(x.const_data_ptr<T>() + i * x.stride(0), x.size(1), prefixes.const_data_ptr<int64_t>(),
+                 prefixes.size(0), shift, bits, counts.mutable_data_ptr<int64_t>());
+}
+
+Tensor cpu_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Tensor rows = x.stride(1) == 1 ? x : x.contiguous(), wanted = prefixes.contiguous();
+  const Tensor counts = at::zeros({wanted.size(0), int64_t{1} << bits}, wanted.options());
+  const auto run = rows.scalar_type() == at::kDouble ? count_rows<double> : count_rows<float>;
+  run(rows, wanted, shift, bits, counts);
+  return counts;
+}
+
+template <class T>
+Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
+                      const Tensor& probs, const Tensor& logs, const Tensor& entropy, const Tensor& grad_a,
+                      const Tensor& grad_b, double threshold, int64_t kept, double edges, double weight, double delta,
+                      bool exclude_self, bool need_grad) {
+  GraphInput<T> input{};
+  describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, exclude_self, need_grad);
+  rank_by(input, probs, logs);
+  if (entropy.defined()) {
+    input.keep_all = false;
+    input.entropy = entropy.const_data_ptr<T>(), input.entropy_stride = entropy.stride(0);
+  }
+  input.weight = weight;
+  input.share = true, input.edges = edges, input.threshold = threshold, input.kept = kept;
+  return scalar(run_graphs<T>({input})[0].loss, a.scalar_type());
+}
+
+// The caller's gradients are added to: those of many shares end in one matrix.
+Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
+                          const std::optional<Tensor>& probs_a, const std::optional<Tensor>& probs_b,
+                          const std::optional<Tensor>& entropy, Tensor& grad_a, Tensor& grad_b, double threshold,
+                          int64_t kept, double edges, double weight, double delta, bool exclude_self, bool need_grad) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto type = compute_type({a, b, teacher_a, teacher_b});
+  Tensor p, l, h;
+  if (entropy.has_value()) {
+    h = *entropy;  // of cpu_joint_entropy, which left room behind every row
+  } else if (probs_a.has_value()) {
+    p = prepare(*probs_a, type);
+    l = prepare(log_probs(probs_b->to(type)), type);
+  }
+  const auto run = type == at::kDouble ? relation_share<double> : relation_share<float>;
+  return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, h, grad_a,
+             grad_b, threshold, kept, edges, weight, delta, exclude_self, need_grad);
 }
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -180,11 +260,20 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "cpu_vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
       "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
       "bool need_grad) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
+  m.def("cpu_joint_entropy(Tensor probs_a, Tensor probs_b) -> Tensor");
+  m.def("cpu_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
+  m.def(
+      "cpu_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
+      "Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, float edges, float weight, "
+      "float delta, bool exclude_self, bool need_grad) -> Tensor");
   m.def("cpu_quantile(Tensor x, Tensor below, Tensor weight) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(vrm_kernels, CPU, m) {
   m.impl("cpu_relation_graph", vrm::cpu_relation_graph);
   m.impl("cpu_vrm_graphs", vrm::cpu_vrm_graphs);
+  m.impl("cpu_joint_entropy", vrm::cpu_joint_entropy);
+  m.impl("cpu_count_digits", vrm::cpu_count_digits);
+  m.impl("cpu_relation_share", vrm::cpu_relation_share);
   m.impl("cpu_quantile", vrm::cpu_quantile);
 }

@@ -1,4 +1,4 @@
-"""The compiled backend takes one of many paths: every instruction set, form and memory regime computes the same loss."""
+"""The compiled backend takes one of many paths: every instruction set, form and memory regime gives the same loss."""
 
 import importlib
 

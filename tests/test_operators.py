@@ -5,10 +5,17 @@ import torch
 from helpers import DTYPES, MODES, Case, evaluate, make_logits
 
 import vrm_kernels.functional as VF
-from vrm_kernels import backends
+from vrm_kernels import backends, distributed  # noqa: F401  registers its operator
 
-PUBLIC = {"vrm_graphs", "relation_graph"}
-CPP = {"cpu_vrm_graphs", "cpu_relation_graph", "cpu_quantile"}
+PUBLIC = {"vrm_graphs", "relation_graph", "vrm_graphs_distributed"}  # the last in test_distributed.py
+CPP = {
+    "cpu_vrm_graphs",
+    "cpu_relation_graph",
+    "cpu_quantile",
+    "cpu_joint_entropy",
+    "cpu_count_digits",
+    "cpu_relation_share",
+}
 
 
 def test_every_operator_is_checked_here(any_backend):
@@ -124,3 +131,17 @@ def test_opcheck_cpu_relation_graph(cpp, need_grad, dtype):
 def test_opcheck_cpu_quantile(cpp, shape, dtype):
     below, weight = torch.full(shape, 4), torch.full(shape, 0.5, dtype=dtype)
     torch.library.opcheck(cpp.cpu_quantile, (torch.randn(11, dtype=dtype), below, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck_cpu_operators_of_a_share(cpp, dtype):
+    a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
+    p, q = a.softmax(1)[:4].t(), b.softmax(1).t()[:, :4]
+    torch.library.opcheck(cpp.cpu_joint_entropy, (p, q))
+    entropy = cpp.cpu_joint_entropy(p, q)
+    torch.library.opcheck(cpp.cpu_count_digits, (entropy, torch.tensor([0, -3]), 8, 11))
+    for need_grad in (False, True):
+        grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a.t(), b.t())]
+        for ranked in ((p, q, None), (None, None, entropy), (None, None, None)):
+            arguments = (*(x.t() for x in (a, b, teacher_a, teacher_b)), *ranked, *grads, 1.5, 7, 25.0, 2.0, 1.0, False)
+            torch.library.opcheck(cpp.cpu_relation_share, (*arguments, need_grad))

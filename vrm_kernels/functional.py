@@ -13,6 +13,7 @@ DEFAULT_PERCENTILE = 30.0
 DEFAULT_DELTA = 1.0
 DEFAULT_RELATIONS = "inter_view"
 RELATIONS = ("inter_view", "complete")
+IGNORED_LABEL = -100  # torch's default: such a sample has no cross-entropy
 TERM_NAMES = ("ce_real", "ce_virtual", "inter_sample", "inter_class", "kept_inter_sample", "kept_inter_class")
 
 
@@ -45,7 +46,7 @@ def vrm_loss(
     Args:
         logits_student_real, logits_student_virtual: ``[B, C]``, floating, any strides; receive gradients.
         logits_teacher_real, logits_teacher_virtual: ``[B, C]``, floating; receive none.
-        labels: ``[B]`` class indices or ``[B, C]`` class probabilities; may be ``None`` if both cross-entropies are off.
+        labels: ``[B]`` class indices or ``[B, C]`` class probabilities; ``None`` is allowed if both cross-entropies are off.
         return_terms: also return the terms, detached.
 
     Returns:
@@ -66,42 +67,70 @@ def vrm_loss(
         "logits_teacher_real": logits_teacher_real,
         "logits_teacher_virtual": logits_teacher_virtual,
     }
-    dtype = _check_logits(named)
+    group = _global_group(process_group) if gather_distributed else None
+    dtype = _check_logits(named, may_be_empty=group is not None)
     if labels is not None or ce_loss_on_real or ce_loss_on_virtual:
         labels = _check_labels(labels, logits_student_real, dtype)
-    if gather_distributed:
-        _refuse_distributed(process_group)
     chosen = backends.resolve(backend, logits_student_real.device)
     if check_finite:
         _check_finite(named)
 
-    graphs, relation_terms, kept = ops.vrm_graphs(
-        *named.values(),
-        alpha=float(alpha),
-        beta=float(beta),
-        percentile=float(unreliable_pruning_percentile),
-        delta=float(delta),
-        complete=relations == "complete",
-        backend=chosen,
-    )
-    loss = graphs
-    ce_real = ce_virtual = None
-    if ce_loss_on_real:
-        ce_real = F.cross_entropy(logits_student_real.to(dtype), labels, label_smoothing=label_smoothing)
-        loss = loss + ce_real
-    if ce_loss_on_virtual:
-        ce_virtual = F.cross_entropy(logits_student_virtual.to(dtype), labels, label_smoothing=label_smoothing)
-        loss = loss + ce_virtual
+    settings = {
+        "alpha": float(alpha),
+        "beta": float(beta),
+        "percentile": float(unreliable_pruning_percentile),
+        "delta": float(delta),
+        "complete": relations == "complete",
+        "backend": chosen,
+    }
+    # Sums over the samples where those of other processes are still to be added, else means.
+    cross_entropies = [
+        F.cross_entropy(
+            x.to(dtype), labels, label_smoothing=label_smoothing, reduction="mean" if group is None else "sum"
+        )
+        if wanted
+        else torch.zeros((), dtype=dtype, device=x.device)
+        for x, wanted in ((logits_student_real, ce_loss_on_real), (logits_student_virtual, ce_loss_on_virtual))
+    ]
+    if group is None:
+        loss, relation_terms, kept = ops.vrm_graphs(*named.values(), **settings)
+    else:
+        loss, relation_terms, kept, cross_entropies = _global_terms(
+            named, labels, cross_entropies, group, settings,
+            {"ce_loss_on_real": ce_loss_on_real, "ce_loss_on_virtual": ce_loss_on_virtual,
+             "label_smoothing": label_smoothing},
+        )  # fmt: skip
+    for cross_entropy, wanted in zip(cross_entropies, (ce_loss_on_real, ce_loss_on_virtual), strict=True):
+        if wanted:
+            loss = loss + cross_entropy
     if not return_terms:
         return loss
-    zero = torch.zeros((), dtype=dtype, device=graphs.device)
-    terms = (
-        zero if ce_real is None else ce_real.detach(),
-        zero if ce_virtual is None else ce_virtual.detach(),
-        *relation_terms.detach().unbind(),
-        *kept.unbind(),
-    )
+    terms = (*(x.detach() for x in cross_entropies), *relation_terms.detach().unbind(), *kept.unbind())
     return loss, dict(zip(TERM_NAMES, terms, strict=True))
+
+
+def _global_terms(named, labels, cross_entropies, group, settings, agreed):
+    """``(alpha L_inter_sample + beta L_inter_class, the two terms, the kept counts, the two cross-entropies)`` of the
+    global batch, from this process's sums of cross-entropies."""
+    from vrm_kernels import distributed  # needs a torch that was built with torch.distributed
+
+    if labels is None:
+        count = cross_entropies[0].new_zeros(())
+    elif labels.dtype.is_floating_point:
+        count = cross_entropies[0].new_full((), len(labels))
+    else:
+        count = (labels != IGNORED_LABEL).sum()
+    sums = torch.stack([x.detach().double() for x in (*cross_entropies, count)])
+    loss, terms, kept, sums = distributed.vrm_graphs(
+        *named.values(), sums, group=group.group_name, settings=agreed, **settings
+    )
+    world = torch.distributed.get_world_size(group)
+    means = []
+    for local, total in zip(cross_entropies, sums[:2], strict=True):
+        local = local * (world / sums[2]).to(local.dtype)  # see vrm_kernels.distributed for the factor
+        # The value of the whole, the gradient of this process's part.
+        means.append((total / sums[2]).to(local.dtype) + (local - local.detach()))
+    return loss, terms, kept, means
 
 
 def relation_loss(
@@ -291,13 +320,13 @@ def _shapes(named: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
 
 
-def _check_logits(named: dict[str, Tensor]) -> torch.dtype:
+def _check_logits(named: dict[str, Tensor], may_be_empty: bool) -> torch.dtype:
     dtype = _check_floating(named)
     _check_one_device(named)
     shape = next(iter(named.values())).shape
     if len(shape) != 2 or any(x.shape != shape for x in named.values()):
         raise ValueError(f"the four logits must be 2-D [B, C] and of one shape, got {_shapes(named)}")
-    if 0 in shape:
+    if shape[1] == 0 or (shape[0] == 0 and not may_be_empty):
         raise ValueError(f"logits [B, C] need at least one sample and one class, got {tuple(shape)}")
     return dtype
 
@@ -330,10 +359,12 @@ def _check_finite(named: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} has {bad} non-finite values of {x.numel()}")
 
 
-def _refuse_distributed(process_group: Any) -> None:
+def _global_group(process_group: Any) -> Any:
+    """The process group to gather over, or None where there is nobody else."""
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1:
-        raise RuntimeError(
-            "gather_distributed=True across more than one process is not in this version: "
-            "use gather_distributed=False, which computes the relations of each process's own batch"
-        )
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("this process is not a member of process_group: only its members can compute its loss")
+    return group if dist.get_world_size(group) > 1 else None

@@ -23,7 +23,10 @@ class VRMLoss(nn.Module):
             vertex set, so that real-real and virtual-virtual edges count too).
         label_smoothing: passed to the cross-entropies, in [0, 1].
         backend: ``"auto"`` or a name that :func:`vrm_kernels.backends.describe` lists.
-        gather_distributed: compute the loss of the global batch over ``process_group``.
+        gather_distributed: compute the loss of the global batch over ``process_group``, the same on every process. Its
+            gradient is multiplied by the number of processes, because DistributedDataParallel and FSDP average
+            gradients: nothing is to be rescaled, and a step is that of one process on the concatenated batch. Local
+            batches may differ in size, or be empty. Where no group is initialised, the batch is this process's own.
         process_group: the group to gather over; ``None`` is the default group.
         check_finite: refuse non-finite logits with a ``ValueError`` that names the tensor. Reads the device.
 

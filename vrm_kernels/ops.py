@@ -27,12 +27,13 @@ NO_DOUBLE_BACKWARD = (
 )
 
 _library = torch.library.Library("vrm_kernels", "FRAGMENT")
-_library.define(
+define = _library.define
+define(
     "relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
     "float percentile, float delta, bool exclude_self, bool need_grad, str backend) "
     "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)"
 )
-_library.define(
+define(
     "vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
     "float alpha, float beta, float percentile, float delta, bool complete, bool need_grad, str backend) "
     "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)"
@@ -59,7 +60,7 @@ def relation_graph(a, b, teacher_a, teacher_b, *, probs, percentile, delta, back
     p, q = (None, None) if probs is None else probs
     teacher = teacher_a.detach(), teacher_b.detach()
     arguments = a, b, *teacher, p, q, percentile, delta, False, _needs_grad(a, b), backend
-    return _call(torch.ops.vrm_kernels.relation_graph, _relation_graph_impl, *arguments)[0]
+    return call(torch.ops.vrm_kernels.relation_graph, _relation_graph_impl, *arguments)[0]
 
 
 def vrm_graphs(
@@ -80,7 +81,7 @@ def vrm_graphs(
             return alpha * losses[0] + beta * losses[1], torch.stack(losses), torch.stack(kept)
     need_grad = _needs_grad(student_real, student_virtual)
     arguments = *views, alpha, beta, percentile, delta, complete, need_grad, backend
-    loss, _, _, terms, kept = _call(torch.ops.vrm_kernels.vrm_graphs, _vrm_graphs_impl, *arguments)
+    loss, _, _, terms, kept = call(torch.ops.vrm_kernels.vrm_graphs, _vrm_graphs_impl, *arguments)
     return loss, terms, kept
 
 
@@ -212,7 +213,7 @@ class _OnceDifferentiated(torch.autograd.Function):
         raise RuntimeError(NO_DOUBLE_BACKWARD)
 
 
-def _call(operator, implementation, *args):
+def call(operator, implementation, *args):
     """The operator, or in eager mode what it comes to: the dispatcher's two detours through Python cost as much as a
     small batch's kernels."""
     if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
@@ -220,7 +221,7 @@ def _call(operator, implementation, *args):
     return _Rule.apply(implementation, *args) if _needs_grad(*args[:2]) else implementation(*args)
 
 
-def _register(name, implementation, fake) -> None:
+def register(name, implementation, fake) -> None:
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vrm_kernels::{name}", fake, lib=_library)
     operator = getattr(torch.ops.vrm_kernels, name).default
@@ -235,14 +236,14 @@ def _register(name, implementation, fake) -> None:
     _library.impl(name, autograd, "Autograd")
 
 
-_register(
+register(
     "relation_graph",
     _relation_graph_impl,
     lambda a, b, ta, tb, p, q, percentile, delta, exclude_self, need_grad, backend: relation_graph_fake(
         a, b, ta, tb, need_grad
     ),
 )
-_register(
+register(
     "vrm_graphs",
     _vrm_graphs_impl,
     lambda s, v, t, u, alpha, beta, percentile, delta, complete, need_grad, backend: vrm_graphs_fake(

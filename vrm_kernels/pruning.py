@@ -24,7 +24,7 @@ def rank(q: float, n: int, dtype: torch.dtype) -> tuple[int, float]:
         position = q * (n - 1)
     else:
         position = ctypes.c_float(ctypes.c_float(q).value * (n - 1)).value
-    below = min(int(math.floor(position)), n - 1)
+    below = min(math.floor(position), n - 1)
     return below, position - below
 
 

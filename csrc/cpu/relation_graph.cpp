@@ -9,6 +9,7 @@
 #include "relation_graph.h"
 
 #include "arena.h"
+#include "entropy.h"
 #include "select.h"
 #include "stages.h"
 #include "team.h"
@@ -19,6 +20,7 @@
 #include <atomic>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <tuple>
 
 namespace vrm {
@@ -62,7 +64,7 @@ template <class T> class GraphRun {
     center_t_ = arena_.take<T>(padded);
     g_.center_s = center_s_;
     g_.center_t = center_t_;
-    row_unit_ = std::max<int64_t>(1, kTileRows / kernels_.panel_rows) * kernels_.panel_rows;
+    row_unit_ = EntropyBlocks<T>::row_unit();
     if (!in_.keep_all) make_entropy();
     scratch_bytes_ = round_up(tile_scratch_bytes<T>() + 2 * padded * static_cast<int64_t>(sizeof(T)), 4096);
     scratch_ = arena_.template take<char>(threads_ * scratch_bytes_);
@@ -76,12 +78,20 @@ template <class T> class GraphRun {
     pack(team);
     if (in_.keep_all) {
       team.once([&] {
-        result_.kept = in_.rows * in_.columns - (in_.exclude_self ? in_.rows : 0);
+        result_.kept = in_.share ? in_.kept : in_.rows * in_.columns - (in_.exclude_self ? in_.rows : 0);
         g_.threshold = std::numeric_limits<T>::infinity();
       });
     } else {
-      pack_entropy(team);
-      select_threshold(team);
+      if (entropy_) make_entropies(team);
+      if (in_.share) {
+        team.once([&] {
+          result_.kept = in_.kept;
+          g_.threshold = static_cast<T>(in_.threshold);
+          finite_ = g_.threshold == g_.threshold;
+        });
+      } else {
+        select_threshold(team);
+      }
     }
     team.once([&] {
       g_.scale = static_cast<double>(g_.student_scale) * in_.weight / (static_cast<double>(result_.kept) + kCountEps);
@@ -93,7 +103,7 @@ template <class T> class GraphRun {
   // Matrix products over every edge cost less than visiting the kept ones when most are kept: see docs/cpu.md.
   bool prefers_dense() const {
     if (edges_form() != EdgesForm::measured) return edges_form() == EdgesForm::dense;
-    const double edges = static_cast<double>(in_.rows) * static_cast<double>(in_.columns);
+    const double edges = in_.share ? in_.edges : static_cast<double>(in_.rows) * static_cast<double>(in_.columns);
     const double share = static_cast<double>(result_.kept) / edges;
     return in_.dims >= kDenseDims && in_.rows * in_.columns >= kDenseEdges && share > kDenseShare;
   }
@@ -135,7 +145,7 @@ template <class T> class GraphRun {
         Team::run(threads_, [&](Team& team) {
           if (recomputed())
             team.for_each((r1 - r0 + row_unit_ - 1) / row_unit_, [&](int64_t k) {
-              compute_entropy(r0 + k * row_unit_, c0 / width, (c1 + width - 1) / width, room + k * row_unit_ * ld, ld);
+              entropy_->compute(r0 + k * row_unit_, c0 / width, (c1 + width - 1) / width, room + k * row_unit_ * ld, ld);
             });
           team.for_each(r1 - r0, [&](int64_t r) {
             const T* h = recomputed() ? room + r * ld : stored_ ? stored_ + (r0 + r) * stored_ld_ + c0 : nullptr;
@@ -187,19 +197,19 @@ template <class T> class GraphRun {
   }
 
   void make_entropy() {
-    row_panels_ = (in_.rows + kernels_.panel_rows - 1) / kernels_.panel_rows;
-    column_panels_ = (in_.columns + kernels_.panel_columns - 1) / kernels_.panel_columns;
-    const int64_t rows = row_panels_ * kernels_.panel_rows, ld = column_panels_ * kernels_.panel_columns;
-    probs_ = arena_.take<T>(rows * in_.depth);
-    logs_ = arena_.take<T>(ld * in_.depth);
-    g_.entropy = {in_.depth, probs_, logs_};
+    if (in_.entropy != nullptr) {
+      stored_ = in_.entropy;
+      stored_ld_ = in_.entropy_stride;
+      return;
+    }
+    entropy_.emplace(in_.probs, in_.log_probs, in_.rows, in_.columns, in_.depth, in_.exclude_self, arena_);
+    const int64_t rows = entropy_->padded_rows(), ld = entropy_->padded_columns();
     if (ld * rows * static_cast<int64_t>(sizeof(T)) > kStoredEntropyBytes) return;
-    stored_ = arena_.take<T>(ld * rows);
+    stored_ = made_ = arena_.template take<T>(ld * rows);
     stored_ld_ = ld;
   }
 
   bool recomputed() const { return !in_.keep_all && stored_ == nullptr; }
-  int64_t row_blocks() const { return (in_.rows + row_unit_ - 1) / row_unit_; }
   int64_t room_size() const { return row_unit_ * kEntropyColumnPanels * kernels_.panel_columns; }
 
   // Any vector may be subtracted from all: the mean takes out most of what would cancel.
@@ -255,33 +265,10 @@ template <class T> class GraphRun {
     });
   }
 
-  void pack_entropy(Team& team) {
+  void make_entropies(Team& team) {
     const StageTimer timer(Stage::entropy, team.leads());
-    team.for_each(row_panels_ + column_panels_, [&](int64_t task) {
-      if (task < row_panels_) {
-        kernels_.pack_panel(in_.probs, in_.rows, in_.depth, task, kernels_.panel_rows,
-                            probs_ + task * kernels_.panel_rows * in_.depth);
-      } else {
-        task -= row_panels_;
-        kernels_.pack_panel(in_.log_probs, in_.columns, in_.depth, task, kernels_.panel_columns,
-                            logs_ + task * kernels_.panel_columns * in_.depth);
-      }
-    });
-    if (recomputed()) return;
-    team.for_each(row_blocks(), [&](int64_t block) {
-      compute_entropy(block * row_unit_, 0, column_panels_, stored_ + block * row_unit_ * stored_ld_, stored_ld_);
-    });
-  }
-
-  // H of the block of rows from `row` on by panels [q0, q1) of columns. A vertex's edge with itself is made infinite:
-  // never kept.
-  void compute_entropy(int64_t row, int64_t q0, int64_t q1, T* h, int64_t ld) const {
-    const int64_t p0 = row / kernels_.panel_rows, p1 = std::min(row_panels_, p0 + row_unit_ / kernels_.panel_rows);
-    kernels_.entropy_rows(g_.entropy, p0, p1, q0, q1, h, ld);
-    if (!in_.exclude_self) return;
-    const int64_t c0 = q0 * kernels_.panel_columns, c1 = q1 * kernels_.panel_columns;
-    for (int64_t i = row; i < p1 * kernels_.panel_rows; ++i)
-      if (i >= c0 && i < c1) h[(i - row) * ld + i - c0] = std::numeric_limits<T>::infinity();
+    entropy_->pack(team);
+    if (made_ != nullptr) entropy_->compute_all(team, made_, stored_ld_);
   }
 
   // Calls visit(block) on the entropies of the block of rows from `row` on, columns [begin, end).
@@ -292,7 +279,7 @@ template <class T> class GraphRun {
     const int64_t step = kEntropyColumnPanels * width;
     for (int64_t c = begin; c < end; c += step) {
       const int64_t stop = std::min(end, c + step);
-      compute_entropy(row, c / width, (stop + width - 1) / width, room, step);
+      entropy_->compute(row, c / width, (stop + width - 1) / width, room, step);
       visit(Block<T>{row, row_end, c, stop, room, step});
     }
   }
@@ -301,9 +288,10 @@ template <class T> class GraphRun {
     const StageTimer timer(Stage::threshold, team.leads());
     Stream<T> stream;
     stream.n = in_.rows * in_.columns;
-    stream.parts = std::min(threads_, row_blocks());
+    const int64_t blocks = entropy_->row_blocks();
+    stream.parts = std::min(threads_, blocks);
     stream.visit_part = [&](int64_t part, const Run<T>& visit) {
-      const int64_t begin = row_blocks() * part / stream.parts, end = row_blocks() * (part + 1) / stream.parts;
+      const int64_t begin = blocks * part / stream.parts, end = blocks * (part + 1) / stream.parts;
       for (int64_t b = begin; b < end; ++b)
         visit_entropy(b * row_unit_, 0, in_.columns, rooms_ + part * room_size(), [&](const Block<T>& block) {
           for (int64_t i = block.row_begin; i < block.row_end; ++i)
@@ -325,13 +313,7 @@ template <class T> class GraphRun {
     const int64_t i = static_cast<int64_t>(((draw >> 32) * static_cast<uint64_t>(in_.rows)) >> 32);
     const int64_t j = static_cast<int64_t>(((draw & 0xffffffff) * static_cast<uint64_t>(in_.columns)) >> 32);
     if (stored_ != nullptr) return stored_[i * stored_ld_ + j];
-    if (in_.exclude_self && i == j) return std::numeric_limits<T>::infinity();
-    const int64_t height = kernels_.panel_rows, width = kernels_.panel_columns;
-    const T* p = probs_ + i / height * height * in_.depth + i % height;
-    const T* l = logs_ + j / width * width * in_.depth + j % width;
-    T sum = 0;
-    for (int64_t k = 0; k < in_.depth; ++k) sum -= p[k * height] * l[k * width];
-    return sum;
+    return entropy_->approximate(i, j);
   }
 
   // Cuts a block into the grid described above, at multiples of the given units, and adds visit() over it to the loss.
@@ -402,10 +384,10 @@ template <class T> class GraphRun {
   } result_{0, 0};
   bool finite_ = true;
   T *center_s_, *center_t_;
-  int64_t row_panels_ = 0, column_panels_ = 0;
+  std::optional<EntropyBlocks<T>> entropy_;  // empty where every edge is kept, or H is given
   int64_t row_unit_;  // rows of a block of entropies, whole panels
-  T *probs_ = nullptr, *logs_ = nullptr;
-  T* stored_ = nullptr;  // H, rows x columns padded to whole panels; null where recomputed
+  const T* stored_ = nullptr;  // H; null where recomputed
+  T* made_ = nullptr;          // the same where it is made here: rows x columns padded to whole panels
   int64_t stored_ld_ = 0;
   char* scratch_;  // of every thread
   int64_t scratch_bytes_;
@@ -484,6 +466,17 @@ template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphIn
   return results;
 }
 
+template <class T>
+void joint_entropy(Strided<T> probs, Strided<T> log_probs, int64_t rows, int64_t columns, int64_t depth, T* h,
+                   int64_t stride) {
+  BorrowedArena arena;
+  EntropyBlocks<T> entropy(probs, log_probs, rows, columns, depth, false, *arena);
+  Team::run(at::in_parallel_region() ? 1 : at::get_num_threads(), [&](Team& team) {
+    entropy.pack(team);
+    entropy.compute_all(team, h, stride);
+  });
+}
+
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   Stream<T> stream;
@@ -514,6 +507,8 @@ template <class T> T lerp(T low, T high, double weight) {
 
 template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<float>>&);
 template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<double>>&);
+template void joint_entropy(Strided<float>, Strided<float>, int64_t, int64_t, int64_t, float*, int64_t);
+template void joint_entropy(Strided<double>, Strided<double>, int64_t, int64_t, int64_t, double*, int64_t);
 template void order_statistics(const float*, int64_t, int64_t, float*, float*);
 template void order_statistics(const double*, int64_t, int64_t, double*, double*);
 template float lerp(float, float, double);

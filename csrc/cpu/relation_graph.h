@@ -25,8 +25,13 @@ template <class T> struct GraphInput {
   Strided<T> student_a, student_b, teacher_a, teacher_b;
   Strided<T> probs, log_probs;  // P of side a and log(P' + 1e-7) of side b; unused where keep_all
   bool keep_all, exclude_self, need_grad;
-  int64_t rank;        // the threshold is lerp(sorted[rank], sorted[rank + 1], lerp_weight) of the entropies
+  int64_t rank;        // the threshold is lerp(sorted[rank], sorted[rank + 1], lerp_weight) of the entropies ...
   double lerp_weight;
+  bool share;  // ... unless this is a share of a larger graph, of so many edges, whose threshold and kept edges are known
+  double edges, threshold;
+  int64_t kept;
+  const T* entropy;  // H of the share, room for a whole register behind each row; or null
+  int64_t entropy_stride;
   double delta, weight;  // weight: of this graph's loss in the gradient
   GradTarget<T> grad_a, grad_b;
 };
@@ -38,6 +43,13 @@ struct GraphResult {
 
 // Adds to the gradient targets. All inputs must stay alive; nothing is modified but the targets.
 template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs);
+
+// H of all edges into h, rows of `stride` elements, what run_graphs ranks by to the bit. h must hold whole panels: rows and
+// columns rounded up to kEntropyPad.
+constexpr int64_t kEntropyPad = 64;
+template <class T>
+void joint_entropy(Strided<T> probs, Strided<T> log_probs, int64_t rows, int64_t columns, int64_t depth, T* h,
+                   int64_t stride);
 
 // Exact order statistics (sorted[rank], sorted[rank + 1]) of a contiguous array; NaN if any value is.
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high);

@@ -67,6 +67,39 @@ template <class T> T from_key(typename Key<T>::type u) {
   return x;
 }
 
+// Signed integers in the order of the floats, -0 and 0 being one: what the digits of vrm_kernels/selection.py are cut from.
+inline int64_t to_signed_key(float x) {
+  int32_t s;
+  x += 0.0f;
+  std::memcpy(&s, &x, sizeof(x));
+  return s ^ ((s >> 31) & 0x7fffffff);
+}
+inline int64_t to_signed_key(double x) {
+  int64_t s;
+  x += 0.0;
+  std::memcpy(&s, &x, sizeof(x));
+  return s ^ ((s >> 63) & 0x7fffffffffffffff);
+}
+
+// Adds to counts[p][digit], digit = the `bits` bits of the key from `shift` on, the values whose higher bits are
+// prefixes[p]; all values where no bits are higher.
+template <class T>
+void count_digits(const T* x, int64_t n, const int64_t* prefixes, int64_t n_prefixes, int64_t shift, int64_t bits,
+                  int64_t* counts) {
+  const int64_t mask = (int64_t{1} << bits) - 1;
+  if (shift + bits == static_cast<int64_t>(sizeof(T)) * 8) {
+    const int64_t top = int64_t{1} << (bits - 1);  // the sign: negative keys come first
+    for (int64_t k = 0; k < n; ++k) ++counts[((to_signed_key(x[k]) >> shift) & mask) ^ top];
+    for (int64_t p = 1; p < n_prefixes; ++p) std::copy(counts, counts + mask + 1, counts + p * (mask + 1));
+    return;
+  }
+  for (int64_t p = 0; p < n_prefixes; ++p, counts += mask + 1)
+    for (int64_t k = 0; k < n; ++k) {
+      const int64_t key = to_signed_key(x[k]);
+      if (key >> (shift + bits) == prefixes[p]) ++counts[(key >> shift) & mask];
+    }
+}
+
 inline uint64_t mix(uint64_t x) {  // splitmix64: a fixed pseudo-random sequence
   x += 0x9e3779b97f4a7c15u;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;

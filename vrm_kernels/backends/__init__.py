@@ -64,7 +64,9 @@ REGISTRY = {
             "vrm_kernels.backends.torch_gemm",
             (),
             _ALL_DTYPES,
-            _always("matrix products over row blocks, pure PyTorch; off the CPU it reads the device once or twice a block"),
+            _always(
+                "matrix products over row blocks, pure PyTorch; off the CPU it reads the device once or twice a block"
+            ),
         ),
         Backend("cpp", "vrm_kernels.backends.native_cpu", ("cpu",), _ALL_DTYPES, _cpp_status),
     )

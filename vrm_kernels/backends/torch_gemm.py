@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vrm_kernels import ops
+from vrm_kernels import ops, pruning, selection
 from vrm_kernels.backends.reference import COUNT_EPS, RELATION_EPS, kept_edges
 
 # Guard: n^2 and m^2 must exceed this fraction of the two squared norms that they are computed from. In float32, with
@@ -78,11 +78,38 @@ def relation_graph(
     vectors = [x.to(dtype).contiguous() for x in (a, b, teacher_a, teacher_b)]
     if probs is not None:
         probs = tuple(p.to(ops.compute_dtype(*probs)) for p in probs)
-    # Zero, or NaN if anything is not finite: decided on the device.
-    poison = sum((x * 0).sum().to(dtype) for x in (*vectors, *(probs or ())))
     m, n = a.shape[0], b.shape[0]
     keep = kept_edges(probs if percentile < 100 else None, m, n, percentile, exclude_self).to(a.device)
+    kept = keep.sum()
+    loss, grads = _masked(vectors, keep, kept, delta, need_grad)
+    # Zero, or NaN if anything is not finite: decided on the device.
+    poison = sum((x * 0).sum().to(dtype) for x in (*vectors, *(probs or ())))
+    if not need_grad:
+        return loss + poison, kept, loss.new_empty(0), loss.new_empty(0)
+    return loss + poison, kept, *(grad.add_(poison) for grad in grads)
 
+
+joint_entropy = pruning.joint_entropy
+count_digits = selection.count_digits
+
+
+def relation_share(
+    a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
+) -> Tensor:
+    """The contract is written out in :mod:`vrm_kernels.distributed`."""
+    vectors = [x.contiguous() for x in (a, b, teacher_a, teacher_b)]
+    if entropy is None:
+        keep = kept_edges(None, len(a), len(b), 100, exclude_self).to(a.device)
+    else:
+        keep = entropy <= threshold
+    loss, parts = _masked(vectors, keep, kept, delta, bool(grads))
+    for grad, part in zip(grads, parts, strict=True):
+        grad.add_(part, alpha=weight)
+    return loss + sum((x * 0).sum() for x in vectors)
+
+
+def _masked(vectors: list[Tensor], keep: Tensor, kept: Tensor, delta: float, need_grad: bool):
+    """``(loss, gradients of the student's two sides, if any)``: of the edges in ``keep``, over ``kept``."""
     (a_s, b_s), (a_t, b_t) = _centred(*vectors[:2]), _centred(*vectors[2:])
     scale = (_size(a_t, b_t) / _size(a_s, b_s)).clamp_(*SCALE_RANGE).nan_to_num_(1.0)
     a_s, b_s = a_s * scale, b_s * scale
@@ -92,8 +119,8 @@ def relation_graph(
     loss = scale.new_zeros(())
     # Of the certified edges with respect to the scaled student, and of the literal ones.
     certified_grads, literal_grads = ([torch.zeros_like(x) for x in vectors[:2]] if need_grad else [] for _ in range(2))
-    step = max(1, _block_elements(a.device) // n)
-    for start in range(0, m, step):
+    step = max(1, _block_elements(loss.device) // len(z))
+    for start in range(0, len(w), step):
         rows = slice(start, start + step)
         blocks = [(x.block(rows), y) for x, y in sides]
         q, beta, gamma, i, j = _certified_edges(*blocks, keep[rows], RELATION_EPS * scale, delta, need_grad)
@@ -103,13 +130,9 @@ def relation_graph(
         if i.numel():
             loss += _literal_edges(vectors, i + start, j, delta, literal_grads)
 
-    kept = keep.sum()
-    count = kept.to(dtype) + COUNT_EPS
-    loss = loss / count + poison
-    if not need_grad:
-        return loss, kept, loss.new_empty(0), loss.new_empty(0)
+    count = kept.to(loss.dtype) + COUNT_EPS
     grads = zip(certified_grads, literal_grads, strict=True)
-    return loss, kept, *(x.mul_(scale).add_(y).div_(count).add_(poison) for x, y in grads)
+    return loss / count, [x.mul_(scale).add_(y).div_(count) for x, y in grads]
 
 
 def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

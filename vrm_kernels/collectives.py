@@ -1,0 +1,93 @@
+"""What the distributed loss sends: rows gathered and gradients scattered over a process group, failures named.
+
+Batches need not be even, nor non-empty: rows are padded to the largest batch on the way.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+# The names of torch 2.13, and those of the versions before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Group:
+    """A process group by name, and the sizes of its processes' batches once they are known."""
+
+    def __init__(self, name: str):
+        self.group = dist.distributed_c10d._resolve_process_group(name)
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.sizes: list[int] = []
+
+    def own_rows(self) -> slice:
+        begin = sum(self.sizes[: self.rank])
+        return slice(begin, begin + self.sizes[self.rank])
+
+    def share_of(self, n: int) -> slice:
+        """This process's part of ``n`` things, cut evenly."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    @contextlib.contextmanager
+    def named(self, what: str) -> Iterator[None]:
+        """Says which exchange failed, and what that usually means."""
+        try:
+            yield
+        except RuntimeError as error:  # DistBackendError and the rest are RuntimeErrors
+            raise RuntimeError(
+                f"VRMLoss(gather_distributed=True), rank {self.rank} of {self.world}: the {what} failed. Another "
+                "process of the group has ended, or did not come to this loss within the group's time-out "
+                "(init_process_group(timeout=...)): look for the first error of the other ranks. "
+                f"The library says: {error}"
+            ) from error
+
+    def exchange(self, values: list[float], device: torch.device) -> list[list[float]]:
+        """Every process's few numbers, read by the host."""
+        own = torch.tensor(values, dtype=torch.float64, device=device)
+        out = own.new_empty(self.world * len(values))
+        with self.named("exchange of batch sizes and settings"):
+            _all_gather(out, own, group=self.group)
+            return out.view(self.world, -1).tolist()
+
+    def start_gather(self, x: Tensor):
+        """Starts gathering ``[B_r, C]``; what it returns waits, and returns ``[sum of B_r, C]``."""
+        most = max(self.sizes)
+        rows = F.pad(x, (0, 0, 0, most - len(x))).contiguous()
+        out = rows.new_empty(self.world * most, rows.shape[1])
+        with self.named("gathering of the logits"):  # as bytes: not every library knows every dtype
+            work = _all_gather(out.view(torch.uint8), rows.view(torch.uint8), group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            with self.named("gathering of the logits"):
+                work.wait()
+            if min(self.sizes) == most:
+                return out
+            return torch.cat([part[:n] for part, n in zip(out.split(most), self.sizes, strict=True)])
+
+        return wait
+
+    def sum(self, x: Tensor, what: str) -> Tensor:
+        """The sum over all processes, in place."""
+        with self.named(what):
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def start_scatter(self, x: Tensor):
+        """Starts summing ``[sum of B_r, C]`` over the processes; what it returns waits, and returns the own rows."""
+        most = max(self.sizes)
+        if min(self.sizes) < most:
+            x = torch.cat([F.pad(part, (0, 0, 0, most - len(part))) for part in x.split(self.sizes)])
+        out = x.new_empty(most, x.shape[1])
+        with self.named("scattering of the gradients"):
+            work = _reduce_scatter(out, x, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            with self.named("scattering of the gradients"):
+                work.wait()
+            return out[: self.sizes[self.rank]]
+
+        return wait
