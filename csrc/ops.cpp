@@ -1,6 +1,9 @@
 // The CPU operators: arguments to the kernels' own structures, and the schemas.
 #include "cpu/relation_graph.h"
 #include "cpu/select.h"
+#include "cpu/team.h"
+
+#include <ATen/Parallel.h>
 
 #include <torch/library.h>
 
@@ -97,26 +100,51 @@ template <class T> Tensor joint_entropy(const Tensor& probs, const Tensor& logs)
   return h.narrow(0, 0, rows).narrow(1, 0, columns);
 }
 
-Tensor cpu_joint_entropy(const Tensor& probs_a, const Tensor& probs_b) {
+Tensor cpu_joint_entropy(const Tensor& probs_a, const Tensor& log_probs_b) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const auto type = compute_type({probs_a, probs_b});
-  const Tensor p = prepare(probs_a, type), l = prepare(log_probs(probs_b.to(type)), type);
+  const auto type = compute_type({probs_a, log_probs_b});
+  const Tensor p = prepare(probs_a, type), l = prepare(log_probs_b, type);
   return type == at::kDouble ? joint_entropy<double>(p, l) : joint_entropy<float>(p, l);
 }
 
+// Of a matrix with dense rows.
 template <class T>
-void count_rows(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits, const Tensor& counts) {
-  for (int64_t i = 0; i < x.size(0); ++i)
-    count_digits(x.const_data_ptr<T>() + i * x.stride(0), x.size(1), prefixes.const_data_ptr<int64_t>(),
-                 prefixes.size(0), shift, bits, counts.mutable_data_ptr<int64_t>());
+void count_matrix(const Tensor& x, int64_t prefix, int64_t shift, int64_t bits, int64_t* counts) {
+  const T* data = x.const_data_ptr<T>();
+  const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0), size = int64_t{1} << bits;
+  const int64_t parts = at::in_parallel_region() || rows * columns < 16 * size ? 1 : at::get_num_threads();
+  std::vector<std::vector<int64_t>> partial(parts, std::vector<int64_t>(size, 0));
+  Team::run(parts, [&](Team& team) {
+    team.for_each(parts, [&](int64_t part) {
+      std::vector<int32_t> few(kCountSets * size, 0);
+      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      const int64_t most = std::max<int64_t>(1, (int64_t{1} << 30) / columns);  // rows that cannot overflow a count
+      for (int64_t i = begin; i < end; ++i) {
+        count_digits(data + i * stride, columns, prefix, static_cast<int>(shift), static_cast<int>(bits), few.data());
+        if (i + 1 < end && (i + 1 - begin) % most != 0) continue;
+        for (int64_t d = 0; d < kCountSets * size; ++d) partial[part][d % size] += few[d];
+        few.assign(few.size(), 0);
+      }
+    });
+  });
+  for (const auto& of_part : partial)
+    for (int64_t d = 0; d < size; ++d) counts[d] += of_part[d];
 }
 
 Tensor cpu_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor rows = x.stride(1) == 1 ? x : x.contiguous(), wanted = prefixes.contiguous();
   const Tensor counts = at::zeros({wanted.size(0), int64_t{1} << bits}, wanted.options());
-  const auto run = rows.scalar_type() == at::kDouble ? count_rows<double> : count_rows<float>;
-  run(rows, wanted, shift, bits, counts);
+  const auto run = rows.scalar_type() == at::kDouble ? count_matrix<double> : count_matrix<float>;
+  const int64_t* prefix = wanted.const_data_ptr<int64_t>();
+  for (int64_t p = 0; p < wanted.size(0); ++p) {
+    int64_t* of_prefix = counts.mutable_data_ptr<int64_t>() + (p << bits);
+    if (p > 0 && prefix[p] == prefix[p - 1]) {
+      std::copy(of_prefix - (int64_t{1} << bits), of_prefix, of_prefix);
+    } else {
+      run(rows, prefix[p], shift, bits, of_prefix);
+    }
+  }
   return counts;
 }
 
@@ -139,7 +167,7 @@ Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
 
 // The caller's gradients are added to: those of many shares end in one matrix.
 Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                          const std::optional<Tensor>& probs_a, const std::optional<Tensor>& probs_b,
+                          const std::optional<Tensor>& probs_a, const std::optional<Tensor>& log_probs_b,
                           const std::optional<Tensor>& entropy, Tensor& grad_a, Tensor& grad_b, double threshold,
                           int64_t kept, double edges, double weight, double delta, bool exclude_self, bool need_grad) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -149,7 +177,7 @@ Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teache
     h = *entropy;  // of cpu_joint_entropy, which left room behind every row
   } else if (probs_a.has_value()) {
     p = prepare(*probs_a, type);
-    l = prepare(log_probs(probs_b->to(type)), type);
+    l = prepare(*log_probs_b, type);
   }
   const auto run = type == at::kDouble ? relation_share<double> : relation_share<float>;
   return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, h, grad_a,
@@ -260,11 +288,11 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "cpu_vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
       "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
       "bool need_grad) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
-  m.def("cpu_joint_entropy(Tensor probs_a, Tensor probs_b) -> Tensor");
+  m.def("cpu_joint_entropy(Tensor probs_a, Tensor log_probs_b) -> Tensor");
   m.def("cpu_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
   m.def(
-      "cpu_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
-      "Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, float edges, float weight, "
+      "cpu_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, "
+      "Tensor? log_probs_b, Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, float edges, float weight, "
       "float delta, bool exclude_self, bool need_grad) -> Tensor");
   m.def("cpu_quantile(Tensor x, Tensor below, Tensor weight) -> Tensor");
 }

@@ -1,5 +1,5 @@
-"""What the processes of test_distributed.py run. Each function gets ``(rank, world, *args)`` in a process of its own with
-a gloo group; what it returns is pickled for the test."""
+"""What the processes of test_distributed.py run. Each function gets ``(rank, world, *args)`` in a process of its own
+with a gloo group; what it returns is pickled for the test."""
 
 import contextlib
 import datetime
@@ -228,9 +228,9 @@ def traffic(rank: int, world: int, batch: int, classes: int) -> dict[str, int]:
             counting("gather", collectives._all_gather, lambda out, x: size_of(out) - size_of(x)),
         ),
         mock.patch.object(
-            collectives,
-            "_reduce_scatter",
-            counting("scatter", collectives._reduce_scatter, lambda out, x: size_of(x) - size_of(out)),
+            dist,
+            "all_to_all_single",
+            counting("scatter", dist.all_to_all_single, lambda out, x, *sizes: size_of(out) * (world - 1) // world),
         ),
         mock.patch.object(dist, "all_reduce", counting("reduce", dist.all_reduce, lambda x: size_of(x))),
     )

@@ -28,7 +28,7 @@ WORLDS = tuple(SIZES)
 WITHOUT_STORING = {"STORED_ENTROPY_BYTES": 256}  # entropies are computed again, a few rows at a time; wide digits
 
 
-def launch(world: int, name: str, *args, timeout: float = 120, dying: tuple[int, ...] = ()) -> list:
+def launch(world: int, name: str, *args, timeout: float = 30, dying: tuple[int, ...] = ()) -> list:
     """What ``workers.name(rank, world, *args)`` returned in each process."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(

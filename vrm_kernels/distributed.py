@@ -14,16 +14,16 @@ the processes, and averaging the share that each process's rows have in the glob
 
 What a backend module gives for this, beside :mod:`vrm_kernels.ops`'s contract::
 
-    joint_entropy(P [m, K], P' [N, K]) -> [m, N]
+    entropy_of_logs(P [m, K], L' [N, K]) -> [m, N]              as vrm_kernels.pruning.entropy_of_logs
     count_digits(entropy [m, N], prefixes, shift, bits)         as vrm_kernels.selection.count_digits
     relation_share(a [m, D], b [N, D], teacher_a, teacher_b, probs | None, entropy | None, threshold, kept, edges,
                    weight, delta, exclude_self, grads) -> loss []
 
 The loss is the sum over the share's edges at or below ``threshold``, over ``kept``, both of the whole graph (of so
 many ``edges``); ``weight`` times its gradients is added to ``grads``, two matrices or none. ``entropy`` is what
-joint_entropy gave; where it is too large to be stored it is ``None`` and ``probs`` are given, and where both are
-``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). A module whose ``RECOMPUTES_ENTROPY`` is true
-computes the same bits for any block of rows.
+entropy_of_logs gave; where it is too large to be stored it is ``None`` and ``probs``, (P, L'), are given, and where both are
+``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). A module whose ``RECOMPUTES_ENTROPY`` is
+true computes the same bits for any block of rows.
 """
 
 from types import ModuleType
@@ -82,13 +82,13 @@ def _implementation(
     with torch.no_grad(), ops.without_autocast(s.device.type):
         waits = [group.start_gather(x.detach()) for x in (s, v, t, u)]
         student = [wait().to(dtype) for wait in waits[:2]]
-        grads = [torch.zeros_like(x) for x in student] if need_grad else []
-        probs = None if percentile == 100 else [x.softmax(1) for x in student]
+        probs = None if percentile == 100 else _probs_and_logs(*student, complete)
         # The teacher's logits arrive while the entropies, which are the student's, are computed and ranked.
         blocks = group.own_rows(), group.share_of(s.shape[1])
         shares = [_Share(module, student, probs, block, k == 1, complete) for k, block in enumerate(blocks)]
         thresholds, kept = _thresholds(group, shares, percentile, dtype)
         teacher = [wait().to(dtype) for wait in waits[2:]]
+        grads = [torch.zeros_like(x) for x in student] if need_grad else []
         losses = [
             share.loss(student, teacher, thresholds[k], kept[k], (alpha, beta)[k], delta, grads)
             for k, share in enumerate(shares)
@@ -128,6 +128,16 @@ def _agree(group: Group, views: tuple[Tensor, ...], settings: dict[str, float]) 
         raise ValueError("gather_distributed=True: the batch of every process of the group is empty")
 
 
+def _probs_and_logs(real: Tensor, virtual: Tensor, complete: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """P and log(P' + 1e-7) of both views, where both are needed."""
+    probs = [x.softmax(1) for x in (real, virtual)]
+    if complete:
+        return probs, [pruning.log_probs(p) for p in probs]
+    # The virtual view's are needed for their logarithms alone, the real view's for themselves.
+    logs = pruning.log_probs(probs[1])
+    return [probs[0], logs], [logs, logs]
+
+
 class _Share:
     """A process's part of one graph: the vertices in ``block`` against all."""
 
@@ -138,7 +148,7 @@ class _Share:
         self.vertices = 2 * n if complete else n
         self.edges = pruning.edge_count(self.vertices, self.vertices, complete)
         self.order = self._own_first(n, student[0].device) if complete else None
-        self.probs = None if probs is None else self._sides(probs)
+        self.probs = None if probs is None else tuple(self._sides(x)[side] for side, x in enumerate(probs))
         self.entropy = None
         rows = (block.stop - block.start) * (2 if complete else 1)
         size = rows * self.vertices * student[0].element_size()
@@ -167,7 +177,7 @@ class _Share:
         return both[: 2 * (self.block.stop - self.block.start)], both
 
     def _entropies(self, begin: int, end: int) -> Tensor:
-        entropy = self.module.joint_entropy(self.probs[0][begin:end], self.probs[1])
+        entropy = self.module.entropy_of_logs(self.probs[0][begin:end], self.probs[1])
         if self.complete:  # a vertex with itself: behind every ranked edge
             entropy.diagonal(begin).fill_(torch.inf)
         return entropy

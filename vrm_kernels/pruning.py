@@ -35,12 +35,17 @@ def edge_count(m: int, n: int, exclude_self: bool) -> int:
 
 def log_probs(probs: torch.Tensor) -> torch.Tensor:
     """``log(P' + 1e-7)``, the second factor of the joint entropy."""
-    return (probs + ENTROPY_EPS).log()
+    return (probs + ENTROPY_EPS).log_()
 
 
 def joint_entropy(probs_a: torch.Tensor, probs_b: torch.Tensor) -> torch.Tensor:
     """``H[i, j] = -sum_k P[i, k] log(P'[j, k] + 1e-7)`` for ``[M, K]`` and ``[N, K]``: ``[M, N]``."""
-    return -(probs_a @ log_probs(probs_b).t())
+    return entropy_of_logs(probs_a, log_probs(probs_b))
+
+
+def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.Tensor:
+    """The same from :func:`log_probs` of the second."""
+    return -(probs_a @ log_probs_b.t())
 
 
 def ranks(q: float | torch.Tensor, n: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

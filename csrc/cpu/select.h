@@ -67,8 +67,8 @@ template <class T> T from_key(typename Key<T>::type u) {
   return x;
 }
 
-// Signed integers in the order of the floats, -0 and 0 being one: what the digits of vrm_kernels/selection.py are cut from.
-inline int64_t to_signed_key(float x) {
+// Signed integers in the order of the floats, -0 and 0 being one: vrm_kernels/selection.py cuts digits from them.
+inline int32_t to_signed_key(float x) {
   int32_t s;
   x += 0.0f;
   std::memcpy(&s, &x, sizeof(x));
@@ -81,23 +81,28 @@ inline int64_t to_signed_key(double x) {
   return s ^ ((s >> 63) & 0x7fffffffffffffff);
 }
 
-// Adds to counts[p][digit], digit = the `bits` bits of the key from `shift` on, the values whose higher bits are
-// prefixes[p]; all values where no bits are higher.
+// Adds to counts[digit], digit = the `bits` bits of the key from `shift` on, the values whose higher bits are `prefix`;
+// all values where no bits are higher. n < 2^31. Neighbours often share a digit, and an increment must not wait for the
+// one before: kCountSets sets of counts take turns, to be added up.
+constexpr int64_t kCountSets = 4;
 template <class T>
-void count_digits(const T* x, int64_t n, const int64_t* prefixes, int64_t n_prefixes, int64_t shift, int64_t bits,
-                  int64_t* counts) {
-  const int64_t mask = (int64_t{1} << bits) - 1;
-  if (shift + bits == static_cast<int64_t>(sizeof(T)) * 8) {
-    const int64_t top = int64_t{1} << (bits - 1);  // the sign: negative keys come first
-    for (int64_t k = 0; k < n; ++k) ++counts[((to_signed_key(x[k]) >> shift) & mask) ^ top];
-    for (int64_t p = 1; p < n_prefixes; ++p) std::copy(counts, counts + mask + 1, counts + p * (mask + 1));
+void count_digits(const T* x, int64_t n, int64_t prefix, int shift, int bits, int32_t* counts) {
+  using Key = decltype(to_signed_key(T()));
+  const Key size = Key{1} << bits, mask = size - 1;
+  if (shift + bits == static_cast<int>(sizeof(T)) * 8) {
+    const Key top = size / 2;  // the sign: negative keys come first
+    int64_t k = 0;
+    for (; k + kCountSets <= n; k += kCountSets)
+      for (int s = 0; s < kCountSets; ++s) ++counts[s * size + (((to_signed_key(x[k + s]) >> shift) & mask) ^ top)];
+    for (; k < n; ++k) ++counts[((to_signed_key(x[k]) >> shift) & mask) ^ top];
     return;
   }
-  for (int64_t p = 0; p < n_prefixes; ++p, counts += mask + 1)
-    for (int64_t k = 0; k < n; ++k) {
-      const int64_t key = to_signed_key(x[k]);
-      if (key >> (shift + bits) == prefixes[p]) ++counts[(key >> shift) & mask];
-    }
+  const Key wanted = static_cast<Key>(prefix), rest = static_cast<Key>(shift + bits);
+  for (int64_t k = 0; k < n; ++k) {
+    const Key key = to_signed_key(x[k]);
+    // No branch: about half of the values may have the prefix, which no processor predicts.
+    counts[(k % kCountSets) * size + ((key >> shift) & mask)] += (key >> rest) == wanted;
+  }
 }
 
 inline uint64_t mix(uint64_t x) {  // splitmix64: a fixed pseudo-random sequence

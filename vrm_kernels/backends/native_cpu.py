@@ -7,7 +7,7 @@ from vrm_kernels import ops, pruning
 
 _cpu = torch.ops.vrm_kernels
 ENTROPY_PAD = 64  # csrc/cpu/relation_graph.h: whole panels are written
-RECOMPUTES_ENTROPY = True  # joint_entropy of a block of rows has the bits of the whole's
+RECOMPUTES_ENTROPY = True  # entropy_of_logs of a block of rows has the bits of the whole's
 
 
 def _threshold_rank(rows, columns, percentile, exclude_self, dtype) -> tuple[int, float]:
@@ -34,9 +34,9 @@ def vrm_graphs(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad):
     return _cpu.cpu_vrm_graphs(s, v, t, u, alpha, beta, ranks, weights, keep_all, delta, complete, need_grad)
 
 
-def joint_entropy(probs_a, probs_b):
+def entropy_of_logs(probs_a, log_probs_b):
     """The same bits for any block of rows: a share too large to be stored is computed again."""
-    return _cpu.cpu_joint_entropy(probs_a, probs_b)
+    return _cpu.cpu_joint_entropy(probs_a, log_probs_b)
 
 
 def count_digits(x, prefixes, shift, bits):
@@ -72,9 +72,9 @@ def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, n
 
 
 @torch.library.register_fake("vrm_kernels::cpu_joint_entropy")
-def _(probs_a, probs_b):
-    rows, columns = len(probs_a), len(probs_b)
-    dtype = ops.compute_dtype(probs_a, probs_b)
+def _(probs_a, log_probs_b):
+    rows, columns = len(probs_a), len(log_probs_b)
+    dtype = ops.compute_dtype(probs_a, log_probs_b)
     padded = probs_a.new_empty(rows + ENTROPY_PAD, -(-columns // ENTROPY_PAD) * ENTROPY_PAD, dtype=dtype)
     return padded[:rows, :columns]
 
@@ -85,7 +85,7 @@ def _(x, prefixes, shift, bits):
 
 
 @torch.library.register_fake("vrm_kernels::cpu_relation_share")
-def _(a, b, teacher_a, teacher_b, probs_a, probs_b, entropy, grad_a, grad_b, *settings):
+def _(a, b, teacher_a, teacher_b, probs_a, log_probs_b, entropy, grad_a, grad_b, *settings):
     return a.new_empty((), dtype=ops.compute_dtype(a, b, teacher_a, teacher_b))
 
 

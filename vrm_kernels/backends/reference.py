@@ -62,7 +62,7 @@ def masked_loss(a, b, teacher_a, teacher_b, mask: Tensor, kept: Tensor, delta: f
     return (huber * mask).sum() / (kept.to(huber.dtype) + COUNT_EPS)
 
 
-joint_entropy = pruning.joint_entropy
+entropy_of_logs = pruning.entropy_of_logs
 count_digits = selection.count_digits
 
 

@@ -89,7 +89,7 @@ def relation_graph(
     return loss + poison, kept, *(grad.add_(poison) for grad in grads)
 
 
-joint_entropy = pruning.joint_entropy
+entropy_of_logs = pruning.entropy_of_logs
 count_digits = selection.count_digits
 
 
