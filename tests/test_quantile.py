@@ -151,3 +151,15 @@ def test_other_refusals():
         VF.quantile(torch.randn(5), torch.tensor([[0.5]]))
     with pytest.raises(TypeError, match="q must be a number, got str"):
         VF.quantile(torch.randn(5), "0.5")
+
+
+def test_ties_under_several_threads_again_and_again():
+    """Ties fill the bracket, and passes over digits by all threads find the value: no thread may run ahead."""
+    threads = torch.get_num_threads()
+    x = torch.cat([torch.full((70_000,), 0.1), torch.full((70_000,), 0.3)])
+    try:
+        torch.set_num_threads(4)
+        assert {float(VF.quantile(x, q)) for q in (0.1, 0.3) for _ in range(100)} == {float(x[0])}
+        assert {float(VF.quantile(x, 0.7)) for _ in range(100)} == {float(x[-1])}
+    finally:
+        torch.set_num_threads(threads)

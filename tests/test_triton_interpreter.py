@@ -19,9 +19,22 @@ GROUPS = {
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_parity_under_the_interpreter(group):
-    command = [sys.executable, "-m", "pytest", str(HERE / "interpreted_triton.py"), "-k", GROUPS[group], "--durations=5"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(HERE / "interpreted_triton.py"),
+        "-k",
+        GROUPS[group],
+        "--durations=5",
+    ]
     done = subprocess.run(
-        command, cwd=HERE.parent, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900
+        command,
+        cwd=HERE.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]

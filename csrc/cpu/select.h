@@ -41,6 +41,8 @@ template <class T> struct Selection {
   std::vector<std::vector<T>> found_by_part;
   std::vector<int64_t> counts;
   std::vector<std::vector<int64_t>> digit_counts;
+  uint64_t prefix;  // digits found so far, and the rank among the values that begin with them
+  int64_t rank;
   bool nan = false;
 };
 
@@ -132,16 +134,24 @@ void select_by_digits(Team& team, const Stream<T>& stream, int64_t rank, Selecti
         }
       });
     });
-    for (int64_t count : shared.counts)
-      if (count > 0) return team.once([&] { value = std::numeric_limits<T>::quiet_NaN(); });
-    U digit = 0;
-    for (;; ++digit) {
-      int64_t here = 0;
-      for (const auto& counts : shared.digit_counts) here += counts[digit];
-      if (rank < here) break;
-      rank -= here;
-    }
-    prefix = static_cast<U>(static_cast<U>(prefix << 15) << 1) | digit;
+    // By one thread, behind a barrier on either side: the next pass clears the counts that all would read.
+    team.once([&] {
+      shared.nan = std::any_of(shared.counts.begin(), shared.counts.end(), [](int64_t count) { return count > 0; });
+      shared.prefix = static_cast<uint64_t>(prefix);
+      shared.rank = rank;
+      if (shared.nan) return;
+      U digit = 0;
+      for (;; ++digit) {
+        int64_t here = 0;
+        for (const auto& counts : shared.digit_counts) here += counts[digit];
+        if (shared.rank < here) break;
+        shared.rank -= here;
+      }
+      shared.prefix = static_cast<U>(static_cast<U>(prefix << 15) << 1) | digit;
+    });
+    if (shared.nan) return team.once([&] { value = std::numeric_limits<T>::quiet_NaN(); });
+    prefix = static_cast<U>(shared.prefix);
+    rank = shared.rank;
   }
   team.once([&] { value = from_key<T>(prefix); });
 }
