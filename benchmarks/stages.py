@@ -99,7 +99,8 @@ def _table(rows: list[dict], path: Path, where: dict[str, str], page: Path) -> s
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (
         f"\n\nGEMM units; float32, {rows[0]['threads']} threads, random inputs, percentile {PERCENTILE:g}, loss and "
         f"gradients of both graphs without the cross-entropies. {where['cpu']}, {where['isa']}, "
-        f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] == 'yes' else ''}; [{path.name}]({source})."
+        f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] == 'yes' else ''}; "
+        f"[{path.name}]({source})."
     )
 
 

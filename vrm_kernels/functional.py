@@ -46,7 +46,7 @@ def vrm_loss(
     Args:
         logits_student_real, logits_student_virtual: ``[B, C]``, floating, any strides; receive gradients.
         logits_teacher_real, logits_teacher_virtual: ``[B, C]``, floating; receive none.
-        labels: ``[B]`` class indices or ``[B, C]`` class probabilities; ``None`` will do if neither cross-entropy is on.
+        labels: ``[B]`` class indices or ``[B, C]`` class probabilities; ``None`` if neither cross-entropy is on.
         return_terms: also return the terms, detached.
 
     Returns:
