@@ -189,7 +189,8 @@ def _table(rows: list[dict], path: Path, where: dict[str, str], page: Path) -> s
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (
         f"\n\nForward + backward with the cross-entropies, float32, one thread a process on {where['cores']} cores, "
         f"gloo over the loopback device; received: by one process, TCP's own bytes included. {where['cpu']}, "
-        f"{where['isa']}, torch {where['torch']}, commit {where['commit']}"
+        f"{where['isa']}, torch {where['torch']}, "
+        f"commit {where['commit']}"
         f"{' with changes' if where['dirty'] == 'yes' else ''}; [{path.name}]({source})."
     )
 
@@ -211,7 +212,8 @@ def _projection() -> str:
         )
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (
         f"\n\nA projection, not a measurement: C = {PROJECTED_CLASSES}, half-precision logits, {PRODUCTS} matrix "
-        f"products at an assumed {RATE / 1e12:g} TFLOP/s a GPU, {BESIDE / 1e9:g} GB/s among {GPUS_BESIDE} GPUs of a machine and "
+        f"products at an assumed {RATE / 1e12:g} TFLOP/s a GPU, {BESIDE / 1e9:g} GB/s among {GPUS_BESIDE} GPUs of a "
+        f"machine and "
         f"{ACROSS / 1e9:g} GB/s a GPU across machines, no overlap, no latencies."
     )
 
