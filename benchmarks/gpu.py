@@ -7,6 +7,7 @@ by CUDA events around a call and by replays of a CUDA graph. What does not fit i
 import argparse
 import functools
 import gc
+import itertools
 import statistics
 import subprocess
 import time
@@ -30,8 +31,12 @@ MEBIBYTE = 2**20
 ORACLE_SAMPLES = 4096  # verified on the first of the samples beyond
 # A call slower than this is not repeated.
 SLOW_SECONDS = 2.0
-# torch.compile takes most of a minute a size: only where the eager class itself is not hopeless.
-COMPILE_ELEMENTS = 3e9
+# torch.compile takes most of a minute a size and mode: float32, forward + backward, up to this many components.
+COMPILE_ELEMENTS = 1e8
+# Passing every component through memory some forty times takes half a minute a call from here on.
+PAIRWISE_ELEMENTS = 1e11
+# In this order, so that what runs out of time is what others have measured already.
+GROUPS = (("triton", "torch"), ("eager", "chunked"), ("eager+compile",))
 STYLES = {
     "eager": ("#000000", "o"),
     "eager+compile": ("#E69F00", "s"),
@@ -174,7 +179,10 @@ def measure(peer: Peer, case: Case, mode: str, oracle: Oracle, inputs, unit: flo
     free = torch.cuda.mem_get_info()[0]
     if needed > free:
         return row | {"status": "out of memory", "note": f"not run: needs at least {needed / 2**30:.3g} GB"}
-    if peer.compiled and elements(case.batch, case.classes) > COMPILE_ELEMENTS:
+    components = elements(case.batch, case.classes)
+    if peer.backend == "reference" and components > PAIRWISE_ELEMENTS:
+        return row | {"status": "too slow", "note": f"not run: {components:.1e} components pass through memory"}
+    if peer.compiled and (components > COMPILE_ELEMENTS or case.dtype != "float32" or mode == "forward"):
         return row | {"status": "too slow", "note": "not run: compiled at the smaller sizes only"}
     try:
         loss = peer.build()
@@ -221,24 +229,23 @@ def measure(peer: Peer, case: Case, mode: str, oracle: Oracle, inputs, unit: flo
 
 
 def run(sizes, dtypes, peers, seconds: float, deadline: float) -> Iterator[Row]:
-    """All rows, small problems first; after the ``deadline`` the rest is written as not run."""
+    """All rows, group by group, small problems first; after the ``deadline`` the rest is written as not run."""
     columns = describe_gpu()
-    for batch, classes in sizes:
-        for dtype in dtypes:
-            case = Case("", batch, classes, dtype=dtype)
-            inputs = on_gpu(case)
-            oracle, unit = solve(case, *inputs), gemm_unit(case, seconds)
+    for group, (batch, classes), dtype in itertools.product(GROUPS, sizes, dtypes):
+        names = [name for name in group if name in peers]
+        cases = [(Case(name, batch, classes, dtype=dtype), mode) for name in names for mode in MODES]
+        if cases and time.monotonic() <= deadline:
+            inputs = on_gpu(cases[0][0])
+            oracle, unit = solve(cases[0][0], *inputs), gemm_unit(cases[0][0], seconds)
             torch.cuda.empty_cache()
-            for name in peers:
-                mine = Case(name, batch, classes, dtype=dtype)
-                for mode in MODES:
-                    if time.monotonic() > deadline:
-                        row = {**vars(mine), "mode": mode, "status": "too slow", "note": "not run: out of time"}
-                    else:
-                        row = measure(GPU_PEERS[name], mine, mode, oracle, inputs, unit, seconds)
-                    yield row | columns
-            del inputs, oracle
-            torch.cuda.empty_cache()
+        for case, mode in cases:
+            if time.monotonic() > deadline:
+                row = {**vars(case), "mode": mode, "status": "too slow", "note": "not run: out of time"}
+            else:
+                row = measure(GPU_PEERS[case.peer], case, mode, oracle, inputs, unit, seconds)
+            yield row | columns
+        inputs = oracle = None
+        torch.cuda.empty_cache()
 
 
 def draw(rows: list[Row], path: Path) -> None:

@@ -155,6 +155,13 @@ def test_everything_uncertified_in_several_tiles(regime):
     check(Case(SHAPE, kind="opposite", percentile=100.0))
 
 
+def test_tiles_of_edges_larger_than_those_of_gradients(monkeypatch):
+    """As the kernels ship; a view of 18 samples ends within a tile of edges."""
+    monkeypatch.setitem(plan.EDGES, "BLOCK", 32)
+    check(Case((18, 3), kind="opposite", relations="complete"))
+    check(Case((35, 2), kind="duplicated_across", percentile=100.0))
+
+
 def test_near_convergence(regime):
     for noise, dtype in itertools.product(("1e-2", "1e-3"), (torch.float32, torch.float64)):
         case = Case(SHAPE, kind=f"converged:{noise}", percentile=100.0)

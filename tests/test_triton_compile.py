@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of its stack that a thread may spill: none, but where a spill cannot matter (the small regime's kernels run for
 # a few microseconds, bound by their launch) or is a few words outside all loops over components.
-SPILLS_ALLOWED = {"gradients": 160, "edges": 32, "epilogue": 16, "combine": 0}
+SPILLS_ALLOWED = {"gradients": 32, "edges": 48, "epilogue": 16}
+FLOAT64_SPILLS_ALLOWED = {"epilogue": 128}  # twice the registers a number; not a dtype that anyone trains in
 
 PROGRAM = """
 import json
@@ -58,6 +59,7 @@ def test_compiles_within_the_devices_limits(target, tmp_path):
     assert {row[0].removesuffix("_kernel") for row in rows} == kernels
     for kernel, label, registers, spilled, shared, limit in rows:
         assert 0 < registers <= 512
-        allowed = SPILLS_ALLOWED.get(kernel.removesuffix("_kernel"), 0)
+        table = FLOAT64_SPILLS_ALLOWED if "fp64" in label else SPILLS_ALLOWED
+        allowed = table.get(kernel.removesuffix("_kernel"), 0)
         assert spilled <= allowed, f"{label} spills {spilled} bytes a thread on {target}"
         assert shared <= limit, f"{label} needs {shared} bytes of shared memory on {target}, of {limit}"

@@ -31,13 +31,8 @@ def relation_graph(
     problem = Problem(sides, (graph,), (1.0,), percentile, delta, False, exclude_self, precision)
     ranked = probs is not None and percentile < 100
     with stages.on_device(a.device):
-        prepared = stages.prepare(problem, softmax=False)
-        if probs is not None:
-            p, q = (x.to(compute).contiguous() for x in probs)
-            # Flags are integers: NaN as one is undefined, its comparison is not.
-            prepared.bad.view(-1)[:1].logical_or_(~(p.sum() + q.sum()).isfinite())
-            prepared = stages.with_probs(prepared, p, -pruning.log_probs(q))
-        totals, grads = (small if fused else large).run(problem, need_grad, ranked, prepared)
+        # Passed on without a name here, so that what is used up can be freed.
+        totals, grads = (small if fused else large).run(problem, need_grad, ranked, _with_given_probs(problem, probs))
     if grads is None:
         return totals.loss, totals.kept[0], totals.loss.new_empty(0), totals.loss.new_empty(0)
     return totals.loss, totals.kept[0], *grads
@@ -69,10 +64,24 @@ def vrm_graphs(
     problem = Problem(sides, graphs, (alpha, beta), percentile, delta, complete, complete, precision)
     ranked = percentile < 100
     with stages.on_device(student_real.device):
-        prepared = stages.prepare(problem, softmax=True)
-        if not complete:  # vertex 0 of side b is the first of the virtual view
-            prepared = stages.with_probs(prepared, prepared.probs, prepared.surprisals[b:])
-        totals, grads = (small if fused else large).run(problem, need_grad, ranked, prepared)
+        totals, grads = (small if fused else large).run(problem, need_grad, ranked, _with_softmax(problem))
     if grads is None:
         grads = [totals.loss.new_empty(0), totals.loss.new_empty(0)]
     return totals.loss, *grads, totals.terms, totals.kept
+
+
+def _with_given_probs(problem: Problem, probs: tuple[Tensor, Tensor] | None) -> stages.Prepared:
+    prepared = stages.prepare(problem, softmax=False)
+    if probs is None:
+        return prepared
+    p, q = (x.to(problem.precision.compute).contiguous() for x in probs)
+    prepared.bad[:1].logical_or_(~(p.sum() + q.sum()).isfinite())
+    return stages.with_probs(prepared, p, -pruning.log_probs(q))
+
+
+def _with_softmax(problem: Problem) -> stages.Prepared:
+    prepared = stages.prepare(problem, softmax=True)
+    if problem.complete:
+        return prepared
+    # Vertex 0 of side b is the first of the virtual view.
+    return stages.with_probs(prepared, prepared.probs, prepared.surprisals[problem.samples :])

@@ -171,11 +171,12 @@ def edges_kernel(
 def _one_side(
     first_own, owns, others, own_base, other_base, d, student, teacher, packed, coefficients, literals,
     flags, vertices, own_stride, other_stride, flag_own, flag_other, edges, dims, width, samples, classes, delta,
-    BY_CLASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    BY_CLASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """``(gradient of the scaled student, gradient of the student)`` that vertices get as one side of their edges.
 
-    ``first_own`` is a position on their side. BLOCK positions share a tile of edges, and the own may straddle two.
+    ``first_own`` is a position on their side. TILE positions share a tile of edges, and the own may straddle two.
     """
     own = first_own + tl.arange(0, BLOCK)
     inside = own < owns
@@ -198,8 +199,8 @@ def _one_side(
         total = tl.dot(-beta, tl.load(vectors + 2 * plane, there, 0.0), total, input_precision=PRECISION)
         beta_sum += tl.sum(beta, 1)
         gamma_sum += tl.sum(gamma, 1)
-        tile = (tl.minimum(first_own, owns - 1) // BLOCK) * flag_own + (start // BLOCK) * flag_other
-        next_tile = (last // BLOCK) * flag_own + (start // BLOCK) * flag_other
+        tile = (tl.minimum(first_own, owns - 1) // TILE) * flag_own + (start // TILE) * flag_other
+        next_tile = (last // TILE) * flag_own + (start // TILE) * flag_other
         if tl.maximum(tl.load(flags + tile), tl.load(flags + next_tile)) > 0:
             literal += literal_gradient(
                 student, teacher, own_s, own_t, start, others, other_base + start, stride, d, dims, samples, classes,
@@ -216,23 +217,24 @@ def _one_side(
 def _vertex_gradient(
     view, first_vertex, d, student, teacher, packed, scale, coefficients, literals, flags, weight,
     vertices, m, n, first_b, dims, width, samples, classes, delta,
-    BY_CLASS: tl.constexpr, COMPLETE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    BY_CLASS: tl.constexpr, COMPLETE: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    T: tl.constexpr,
 ):  # fmt: skip
     """The gradient ``[BLOCK, d]`` of the vertices at ``first_vertex`` on of a view's side, or sides, in one graph."""
     edges = wide(m) * n
-    across = tl.cdiv(n, BLOCK)
+    across = tl.cdiv(n, TILE)
     linear, literal = tl.zeros([BLOCK, BLOCK], T), tl.zeros([BLOCK, BLOCK], T)
     if COMPLETE or view == 0:
         x, y = _one_side(
             first_vertex, m, n, 0, first_b, d, student, teacher, packed, coefficients, literals, flags, vertices,
-            n, 1, across, 1, edges, dims, width, samples, classes, delta, BY_CLASS, PRECISION, BLOCK, T,
+            n, 1, across, 1, edges, dims, width, samples, classes, delta, BY_CLASS, PRECISION, BLOCK, TILE, T,
         )  # fmt: skip
         linear += x
         literal += y
     if COMPLETE or view == 1:
         x, y = _one_side(
             first_vertex, n, m, first_b, 0, d, student, teacher, packed, coefficients, literals, flags, vertices,
-            1, n, 1, across, edges, dims, width, samples, classes, delta, BY_CLASS, PRECISION, BLOCK, T,
+            1, n, 1, across, edges, dims, width, samples, classes, delta, BY_CLASS, PRECISION, BLOCK, TILE, T,
         )  # fmt: skip
         linear += x
         literal += y
@@ -259,6 +261,7 @@ def gradients_kernel(
     samples, classes,  # of one view
     delta_high, delta_low, alpha_high, alpha_low, beta_high, beta_low, tiles_0, edges_0, edges_1,
     GRAPHS: tl.constexpr, COMPLETE: tl.constexpr, KEEP_ALL: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    TILE: tl.constexpr,  # of the edges; a multiple of BLOCK
 ):  # fmt: skip
     """Both graphs' gradient of a BLOCK x BLOCK tile of one view's logits: nothing is added to by two programs.
 
@@ -278,7 +281,7 @@ def gradients_kernel(
         view, first_row + (before if COMPLETE else 0), column, student, teacher, packed_0, scale,
         coefficients, literals, flags, weight,
         vertices_0, m_0, n_0, first_b_0, dims_0, width_0, samples, classes, delta,
-        False, COMPLETE, PRECISION, BLOCK, T,
+        False, COMPLETE, PRECISION, BLOCK, TILE, T,
     )  # fmt: skip
     if GRAPHS == 2:
         weight = _edge_weight(beta_high, beta_low, threshold, limits, counts, edges_1, 1, GRAPHS, KEEP_ALL, T)
@@ -287,7 +290,7 @@ def gradients_kernel(
             coefficients + 2 * wide(m_0) * n_0,
             literals + 3 * wide(m_0) * n_0, flags + tiles_0, weight,
             vertices_1, m_1, n_1, first_b_1, dims_1, width_1, samples, classes, delta,
-            True, COMPLETE, PRECISION, BLOCK, T,
+            True, COMPLETE, PRECISION, BLOCK, TILE, T,
         )  # fmt: skip
         gradient += tl.trans(of_columns)
     gradient = tl.where(tl.load(bad) > 0, float("nan"), gradient)

@@ -16,6 +16,8 @@ from vrm_kernels.backends.triton_gpu.stages import Block, Graph, Prepared, Probl
 def run(problem: Problem, need_grad: bool, ranked: bool, prepared: Prepared) -> tuple[Totals, list[Tensor] | None]:
     """The loss and, if asked for, the gradients of both sides."""
     entropies = [Entropies(problem, prepared, g) for g in problem.graphs] if ranked else None
+    if problem.precision.entropy_terms > 1:  # the operands are copies: make room
+        prepared = stages.with_probs(prepared, None, None)
     selection = select(problem, prepared, entropies) if ranked else None
     return losses_and_gradients(problem, prepared, selection, entropies, need_grad)
 

@@ -16,7 +16,7 @@ EDGE_BLOCK_BYTES = 24 * 2**20
 # But never fewer rows than a product needs to be efficient.
 EDGE_BLOCK_ROWS = 256
 # Of the coefficients of a gradient block, and what the literal edges in it need.
-GRADIENT_BLOCK_BYTES = 2**30
+GRADIENT_BLOCK_BYTES = 2**28
 
 # Spelled out: its default is to change.
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
@@ -27,8 +27,8 @@ SPLIT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 ENTROPY = {"BLOCK": 32, "DEPTH": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 HISTOGRAM = {"BLOCK": 4096, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 FINISH = {"num_warps": 8, **FUSED_MULTIPLY_ADD}
-EDGES = {"BLOCK": 32, "DEPTH": 32, "num_warps": 8, **FUSED_MULTIPLY_ADD}
-GRADIENTS = {"BLOCK": 32, "num_warps": 8, **FUSED_MULTIPLY_ADD}
+EDGES = {"BLOCK": 32, "DEPTH": 32, "num_warps": 8, "num_stages": 1, **FUSED_MULTIPLY_ADD}
+GRADIENTS = {"BLOCK": 16, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 TOTAL = {"BLOCK": 1024, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 EPILOGUE = {"ROWS": 16, "COLUMNS": 128, "DEPTH": 64, "num_warps": 8, **FUSED_MULTIPLY_ADD}
 COMBINE = {"ROWS": 32, "BLOCK": 64, "num_warps": 8, **FUSED_MULTIPLY_ADD}

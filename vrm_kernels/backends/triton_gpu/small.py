@@ -69,7 +69,7 @@ def losses_and_gradients(
         prepared.bad, *grads, *shapes, problem.samples, problem.classes, *delta,
         *stages.split_float(problem.weights[0]), *stages.split_float(problem.weights[-1]), tiles[0],
         problem.edge_count(first), problem.edge_count(last),
-        GRAPHS=len(graphs), COMPLETE=problem.complete, **keep, **plan.GRADIENTS,
+        GRAPHS=len(graphs), COMPLETE=problem.complete, TILE=plan.EDGES["BLOCK"], **keep, **plan.GRADIENTS,
     )  # fmt: skip
     return totals, grads
 

@@ -151,8 +151,8 @@ def prepare(problem: Problem, softmax: bool) -> Prepared:
     )
 
 
-def with_probs(prepared: Prepared, probs: Tensor, surprisals: Tensor) -> Prepared:
-    """With other probabilities: of side a on, and their surprisals of side b on."""
+def with_probs(prepared: Prepared, probs: Tensor | None, surprisals: Tensor | None) -> Prepared:
+    """With other probabilities: of side a on, and their surprisals of side b on; or without."""
     return replace(prepared, probs=probs, surprisals=surprisals)
 
 
