@@ -14,6 +14,7 @@ from helpers import (
     expected_of,
     inputs,
     make_logits,
+    relative_error,
     settings_of,
 )
 
@@ -37,6 +38,11 @@ def fresh(shape, seed, dtype=torch.float32):
 
 def same_bits(x, y):
     return torch.equal(x.loss, y.loss) and x.kept == y.kept and all(map(torch.equal, x.grads, y.grads))
+
+
+def agree(x, y, shape):
+    """Our kernels give the same bits anywhere; the library may choose another product under capture, or on a stream."""
+    return torch.equal(x, y) if shape == SMALL else relative_error(x, y) < 1e-5
 
 
 def to_cpu(result):
@@ -136,8 +142,8 @@ def test_a_captured_graph_is_replayed_on_other_inputs(shape, kinds):
         eager = [x.clone().requires_grad_(k < 2) for k, x in enumerate(batch)]
         expected = criterion(*eager, labels)
         expected.backward()
-        assert torch.equal(loss, expected)
-        assert all(torch.equal(x, y.grad) for x, y in zip(grads, eager[:2], strict=True))
+        assert agree(loss, expected, shape)
+        assert all(agree(x, y.grad, shape) for x, y in zip(grads, eager[:2], strict=True))
 
 
 @SHAPES
@@ -153,7 +159,8 @@ def test_other_streams(shape):
             results.append((loss.detach(), torch.autograd.grad(loss, students)))
     torch.cuda.synchronize()
     for (loss, grads), expected in zip(results, alone, strict=True):
-        assert torch.equal(loss, expected.loss) and all(map(torch.equal, grads, expected.grads))
+        assert agree(loss, expected.loss, shape)
+        assert all(agree(x, y, shape) for x, y in zip(grads, expected.grads, strict=True))
 
 
 @SHAPES
