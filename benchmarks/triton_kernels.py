@@ -220,7 +220,8 @@ def table(rows: list[tuple[Launch, Target, Resources]]) -> str:
         cells = []
         for target in TARGETS:
             mine = [r for launch, t, r in rows if t == target and launch.kernel == kernel]
-            cells.append(" / ".join(str(max(getattr(r, k) for r in mine)) for k in ("registers", "spilled", "shared")))
+            worst = [str(max((getattr(r, k) for r in mine), default="")) for k in ("registers", "spilled", "shared")]
+            cells.append(" / ".join(worst) if mine else "not used")
         variants = len([1 for launch, t, _ in rows if t == TARGETS[0] and launch.kernel == kernel])
         lines.append(f"| `{kernel.removesuffix('_kernel')}` | {variants} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -24,11 +24,12 @@ def to_key(x):
     x = tl.where(x == 0, 0.0, x)
     if x.dtype == tl.float64:
         bits = x.to(tl.uint64, bitcast=True)
-        key = tl.where((bits >> 63) != 0, ~bits, bits | (tl.full([], 1, tl.uint64) << 63))
+        top = tl.full([], 1, tl.uint64) << 63
     else:
         bits = x.to(tl.uint32, bitcast=True)
-        key = tl.where((bits >> 31) != 0, ~bits, bits | (tl.full([], 1, tl.uint32) << 31))
-    return key
+        top = tl.full([], 1, tl.uint32) << 31
+    # Of a negative number all bits are inverted, of another the sign alone.
+    return tl.where((bits & top) != 0, bits ^ (top | (top - 1)), bits ^ top)
 
 
 @triton.jit
@@ -37,11 +38,11 @@ def from_key(key, T: tl.constexpr):
     if T == tl.float64:  # noqa: SIM300
         top = tl.full([], 1, tl.uint64) << 63
         bits = key.to(tl.uint64, bitcast=True)
-        x = tl.where((bits & top) != 0, bits ^ top, ~bits).to(tl.float64, bitcast=True)
+        x = tl.where((bits & top) != 0, bits ^ top, bits ^ (top | (top - 1))).to(tl.float64, bitcast=True)
     else:
         top = tl.full([], 1, tl.uint32) << 31
         bits = key.to(tl.uint32)
-        x = tl.where((bits & top) != 0, bits ^ top, ~bits).to(tl.float32, bitcast=True)
+        x = tl.where((bits & top) != 0, bits ^ top, bits ^ (top | (top - 1))).to(tl.float32, bitcast=True)
     return x
 
 
