@@ -1,6 +1,7 @@
 # make distill   train a teacher and distil students on real images, from nothing
 # make test      the whole test suite, from nothing
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
+# make gpu-check FOLDER=results   on a machine with a GPU and PYTHON's own torch and Triton: test and measure, 10 minutes
 # make build     compile the extension again after a change under csrc/
 #
 # Everything is installed into .venv. PYTHON=python3.12 picks the interpreter; TORCH="torch==2.12.0" the torch to install;
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: distill test bench bench-quick bench-pytest build lint clean
+.PHONY: distill test bench bench-quick bench-pytest gpu-check build lint clean
 
 distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
@@ -32,6 +33,9 @@ bench-quick: $(READY)
 
 bench-pytest: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_bench_small.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+gpu-check:
+	PYTHON="$(PYTHON)" bash benchmarks/gpu_check.sh $(or $(FOLDER),$(error give it a folder for the results: make gpu-check FOLDER=results))
 
 build: $(READY)
 

@@ -41,10 +41,16 @@ ENVIRONMENT = (
     "date",
 )
 COLUMNS = (*KEY, *MEASURED, *SETTINGS, *ENVIRONMENT)
+# Of a GPU's results, which have all the columns above too.
+GPU_MEASURED = ("replay_ms", "replay_units", "replay_note")  # replays of a CUDA graph, where it can be captured
+GPU_ENVIRONMENT = ("gpu", "capability", "gpu_memory_gb", "cuda", "driver", "triton")
+GPU_COLUMNS = (*COLUMNS, *GPU_MEASURED, *GPU_ENVIRONMENT)
 _INTEGERS = {"batch", "classes", "threads", "repeats"}
 _FLOATS = {name for name in MEASURED if name.endswith(("_ms", "_mb", "_error"))} | {
     "gemm_units",
     "gemm_drift",
+    "replay_ms",
+    "replay_units",
     "alpha",
     "beta",
     "percentile",
@@ -53,18 +59,18 @@ _FLOATS = {name for name in MEASURED if name.endswith(("_ms", "_mb", "_error"))}
 Row = dict[str, str | int | float | None]
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
+def append(path: Path, rows: Iterable[Row], columns: tuple[str, ...] = COLUMNS) -> None:
     """Add ``rows``, with the header if the file is new: an interrupted run keeps what it measured."""
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows({name: _written(row.get(name)) for name in COLUMNS} for row in rows)
+        writer.writerows({name: _written(row.get(name)) for name in columns} for row in rows)
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, columns: tuple[str, ...] = COLUMNS) -> list[Row]:
     """The rows, numbers as numbers and empty cells as ``None``.
 
     Raises:
@@ -72,10 +78,10 @@ def read(path: Path) -> list[Row]:
     """
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} is not a benchmark result: it lacks the columns {', '.join(missing)}")
-        return [{name: _parsed(name, row[name]) for name in COLUMNS} for row in reader]
+        return [{name: _parsed(name, row[name]) for name in columns} for row in reader]
 
 
 def newest(folder: Path, pattern: str = "cpu-*.csv") -> Path:

@@ -1,5 +1,11 @@
+import os
+
 import pytest
 import torch
+
+if "VRM_TEST_DEVICE" in os.environ:  # before helpers, which asks for it
+    torch.set_default_device(os.environ["VRM_TEST_DEVICE"])
+
 from helpers import ALL_BACKENDS, BACKENDS
 from hypothesis import HealthCheck, settings
 

@@ -12,7 +12,9 @@ import vrm_kernels.functional as VF
 from vrm_kernels import backends, ops, pruning
 from vrm_kernels.backends import reference
 
-ALL_BACKENDS = tuple(backends.REGISTRY)
+# The suite runs on the CPU; `make gpu-check` runs it again on a GPU, as torch's default device.
+DEVICE = torch.get_default_device().type
+ALL_BACKENDS = tuple(name for name, backend in backends.REGISTRY.items() if backend.runs_on(DEVICE))
 # Every backend that is not the oracle itself: a new one joins all the tests by being registered.
 BACKENDS = tuple(name for name in ALL_BACKENDS if name != "reference")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +48,7 @@ class Case:
 
 def make_logits(case: Case, dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
     """Student real and virtual, teacher real and virtual: drawn in float32 whatever ``dtype``, then rounded to it."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     b, c = case.shape
 
     def draw(spread):
@@ -210,7 +212,7 @@ def assert_parity(backend: str, case: Case, dtype=torch.float32, floors=FLOOR, l
 
 
 def make_labels(b: int, c: int, kind: str = "indices", seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     if kind == "probabilities":
         return F.softmax(torch.randn(b, c, generator=generator), 1)
     return torch.randint(c, (b,), generator=generator)

@@ -114,7 +114,7 @@ def recomputed_oracle(b, relations):
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.9])
 def test_ties_that_overflow_every_bracket(cpp, share):
     """One-hot probabilities: tens of thousands of edges tied at each of two values of H."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     labels = [torch.randint(8, (400,), generator=generator) for _ in range(2)]
     probs = tuple(torch.nn.functional.one_hot(x, 8).float() for x in labels)
     vectors = [torch.randn(400, 5, generator=generator) for _ in range(4)]

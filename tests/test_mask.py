@@ -57,7 +57,7 @@ def test_percentiles_next_to_the_ends(backend, percentile, relations):
 @pytest.mark.parametrize("percentile", PERCENTILES)
 def test_the_kept_edges_are_the_references_one_by_one(backend, side, percentile):
     """With one vertex on one side, every vertex of the other is one edge: its gradient shows whether it was kept."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     sizes = (1, 400) if side == 1 else (400, 1)
     vectors = [torch.randn(k, 8, generator=generator) for k in sizes * 2]
     probs = tuple((2 * torch.randn(k, 10, generator=generator)).softmax(1) for k in sizes)

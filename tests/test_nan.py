@@ -65,7 +65,7 @@ def test_no_finite_tensor_at_all(any_backend):
 @pytest.mark.parametrize("percentile", [0.0, 100.0])
 @pytest.mark.parametrize("ranked", [False, True])
 def test_relation_loss_too(any_backend, ranked, percentile):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     vectors = [torch.randn(k, 3, generator=generator) for k in (4, 5, 4, 5)]
     probs = tuple(torch.rand(k, 6, generator=generator).softmax(1) for k in (4, 5)) if ranked else None
     settings = {"probs": probs, "percentile": percentile}

@@ -19,7 +19,7 @@ def same_bits(x, y):
 
 
 def data(kind, n, dtype):
-    generator = torch.Generator().manual_seed(n)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(n)
     x = torch.randn(n, generator=generator, dtype=torch.float64)
     if kind == "tied":
         x = (2 * x).round()
@@ -66,7 +66,7 @@ def test_a_whole_rank_does_not_look_at_the_next_value(infinity, dtype):
 @FLOATS
 def test_rank_is_torchs(dtype):
     """The rank that backends work from, through values whose gaps make any other weight show."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     for n in [*range(1, 40), 1001, 12_345, 90_000, 2**20 + 7]:
         x = torch.rand(n, generator=generator, dtype=dtype).cumsum(0)
         ordered = x.sort().values
@@ -103,7 +103,7 @@ def test_rank_is_torchs_at_its_largest_size():
 
 def test_beyond_torchs_limit_the_rank_is_float64():
     n = 2**24 + 12_345
-    x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(n, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(x, 0.3)
     for q in (0.0, 0.3, 1.0):

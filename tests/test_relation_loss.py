@@ -20,7 +20,7 @@ SIZES = [(1, 1, 3), (1, 5, 4), (5, 1, 4), (3, 5, 2), (17, 29, 41), (61, 13, 7), 
 
 
 def draw(m, n, d, dtype, seed=0, noise=None):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     teacher = [torch.randn(k, d, generator=generator) * 2 + 1 for k in (m, n)]
     student = [torch.randn(k, d, generator=generator) for k in (m, n)]
     if noise is not None:
@@ -30,7 +30,7 @@ def draw(m, n, d, dtype, seed=0, noise=None):
 
 def draw_probs(m, n, k, percentile, dtype):
     for seed in range(2000):
-        generator = torch.Generator().manual_seed(1000 + seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(1000 + seed)
         probs = tuple((3 * torch.randn(x, k, generator=generator)).to(dtype).softmax(1) for x in (m, n))
         wide, single = (tuple(x.to(to) for x in probs) for to in (torch.float64, torch.float32))
         if probs_settle_mask(wide, single, percentile):

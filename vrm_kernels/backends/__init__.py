@@ -5,13 +5,14 @@ tensors' device alone, in the order of ``AUTO_ORDER``.
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 # "auto" takes the first of these that runs on the tensors' device.
-AUTO_ORDER = ("cpp", "torch")
+AUTO_ORDER = ("cpp", "triton", "torch")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Backend:
 
     ``module`` holds ``relation_graph`` (the contract is written out in :mod:`vrm_kernels.ops`) and may hold a fused
     ``vrm_graphs``; it is imported when the backend is first used. ``devices`` are device types, ``()`` meaning any.
-    ``status`` says ``(usable, note)`` for this machine.
+    ``status`` says ``(usable, note)`` for this machine. ``interpreted`` are devices on which it only runs for tests,
+    slowly, and which "auto" does not give it.
     """
 
     name: str
@@ -28,12 +30,17 @@ class Backend:
     devices: tuple[str, ...]
     dtypes: str
     status: Callable[[], tuple[bool, str]]
+    interpreted: tuple[str, ...] = ()
 
     def load(self):
         return importlib.import_module(self.module)
 
     def runs_on(self, device_type: str) -> bool:
-        return not self.devices or device_type in self.devices
+        return not self.devices or device_type in self.devices + self.interpreted
+
+    def is_for(self, device_type: str) -> bool:
+        """Whether "auto" may take it there."""
+        return self.runs_on(device_type) and device_type not in self.interpreted
 
 
 _ALL_DTYPES = "float64 float32 bfloat16 float16"
@@ -47,6 +54,17 @@ def _cpp_status() -> tuple[bool, str]:
     from vrm_kernels import extension
 
     return extension.status()
+
+
+def _triton_status() -> tuple[bool, str]:
+    from vrm_kernels import triton_status
+
+    return triton_status.status()
+
+
+def _interpreter_devices() -> tuple[str, ...]:
+    """Triton's own switch makes its kernels run on the CPU, from its import to the end of the process."""
+    return ("cpu",) if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") else ()
 
 
 REGISTRY = {
@@ -69,6 +87,14 @@ REGISTRY = {
             ),
         ),
         Backend("cpp", "vrm_kernels.backends.native_cpu", ("cpu",), _ALL_DTYPES, _cpp_status),
+        Backend(
+            "triton",
+            "vrm_kernels.backends.triton_gpu",
+            ("cuda",),
+            _ALL_DTYPES,
+            _triton_status,
+            interpreted=_interpreter_devices(),
+        ),
     )
 }
 
@@ -87,7 +113,7 @@ def resolve(name: str, device: torch.device) -> str:
     """
     check_name(name)
     if name == "auto":
-        return next(n for n in AUTO_ORDER if REGISTRY[n].runs_on(device.type) and REGISTRY[n].status()[0])
+        return next(n for n in AUTO_ORDER if REGISTRY[n].is_for(device.type) and REGISTRY[n].status()[0])
     backend = REGISTRY[name]
     if not backend.runs_on(device.type):
         raise RuntimeError(
