@@ -21,8 +21,8 @@ What a backend module gives for this, beside :mod:`vrm_kernels.ops`'s contract::
 
 The loss is the sum over the share's edges at or below ``threshold``, over ``kept``, both of the whole graph (of so
 many ``edges``); ``weight`` times its gradients is added to ``grads``, two matrices or none. ``entropy`` is what
-entropy_of_logs gave; where it is too large to be stored it is ``None`` and ``probs``, (P, L'), are given; where both are
-``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). A module whose ``RECOMPUTES_ENTROPY``
+entropy_of_logs gave; where it is too large to be stored it is ``None`` and ``probs``, (P, L'), are given; where both
+are ``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). A module whose ``RECOMPUTES_ENTROPY``
 is true computes the same bits for any block of rows.
 """
 

@@ -148,7 +148,7 @@ def combine_kernel(
                 delta, literals + wide(first) * own_stride + wide(start) * other_stride, literal_plane,
                 own_stride, other_stride, flagged, BY_CLASS, OTHER_TILE, T,
             )  # fmt: skip
-    if KEEP_ALL:  # noqa: SIM108 (the compiler must not see the loads)
+    if KEEP_ALL:
         kept = all_edges
     else:
         kept = kept_edges(threshold, limits, counts, graph, graphs)

@@ -42,7 +42,7 @@ def wide(x):
 def vertex_offset(v, samples, classes, BY_CLASS: tl.constexpr):
     """Offset of component 0 of vertices ``v`` in the stacked logits."""
     v = wide(v)
-    if BY_CLASS:  # noqa: SIM108
+    if BY_CLASS:
         offset = (v // classes) * samples * classes + v % classes
     else:
         offset = v * classes
@@ -51,7 +51,7 @@ def vertex_offset(v, samples, classes, BY_CLASS: tl.constexpr):
 
 @triton.jit
 def root(x):
-    if x.dtype == tl.float64:  # noqa: SIM108 (what is not of the dtype does not compile)
+    if x.dtype == tl.float64:
         y = tl.sqrt(x)
     else:
         y = tl.sqrt_rn(x)  # tl.sqrt is approximate in float32

@@ -246,7 +246,7 @@ def _edge_weight(
     high, low, threshold, limits, counts, all_edges, graph, graphs, KEEP_ALL: tl.constexpr, T: tl.constexpr
 ):
     """What a graph's sum over its edges is multiplied by: its weight over its number of kept edges."""
-    if KEEP_ALL:  # noqa: SIM108 (the compiler must not see the loads)
+    if KEEP_ALL:
         kept = all_edges
     else:
         kept = kept_edges(threshold, limits, counts, graph, graphs)
