@@ -2,8 +2,11 @@
 // phase instead costs more than the phases of a small batch take.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
+#include <limits>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -13,10 +16,11 @@ namespace vrm {
 
 class Team {
  public:
-  // Whatever a thread throws ends the region for all of them, at the next barrier.
+  // Whatever a thread throws ends the region for all of them, at the barrier that ends the phase it was thrown in: a
+  // thread that is still at the barrier before must not leave there, or the others would wait for it.
   struct Shared {
     std::exception_ptr error;
-    bool failed = false;
+    std::atomic<int64_t> failed_phase{std::numeric_limits<int64_t>::max()};
   };
   struct Cancelled {};
 
@@ -66,7 +70,7 @@ class Team {
 #pragma omp critical(vrm_team_error)
       {
         shared_.error = std::current_exception();
-        shared_.failed = true;
+        shared_.failed_phase = std::min(shared_.failed_phase.load(), phase_);
       }
     }
   }
@@ -75,10 +79,11 @@ class Team {
     if (size_ > 1) {
 #pragma omp barrier
     }
-    if (shared_.failed) throw Cancelled();
+    if (shared_.failed_phase <= phase_++) throw Cancelled();
   }
 
   const int64_t rank_, size_;
+  int64_t phase_ = 0;  // barriers passed
   Shared& shared_;
 };
 
