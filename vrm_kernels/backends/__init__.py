@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 # "auto" takes the first of these that runs on the tensors' device.
-AUTO_ORDER = ("cpp", "torch")
+AUTO_ORDER = ("cpp", "cuda", "torch")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ def _cpp_status() -> tuple[bool, str]:
     return extension.status()
 
 
+def _cuda_status() -> tuple[bool, str]:
+    from vrm_kernels import extension
+
+    return extension.cuda_status()
+
+
 REGISTRY = {
     backend.name: backend
     for backend in (
@@ -67,6 +73,7 @@ REGISTRY = {
             _always("matrix products over row blocks, pure PyTorch; off the CPU it reads the device once or twice a block"),
         ),
         Backend("cpp", "vrm_kernels.backends.native_cpu", ("cpu",), _ALL_DTYPES, _cpp_status),
+        Backend("cuda", "vrm_kernels.backends.native_cuda", ("cuda",), _ALL_DTYPES, _cuda_status),
     )
 }
 
