@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers import ALL_BACKENDS, BACKENDS
+from helpers import BACKENDS
 from hypothesis import HealthCheck, settings
 
 from vrm_kernels import backends
@@ -29,7 +29,7 @@ def backend(request) -> str:
     return _usable(request.param)
 
 
-@pytest.fixture(params=ALL_BACKENDS)
+@pytest.fixture(params=["reference", *BACKENDS])
 def any_backend(request) -> str:
     return _usable(request.param)
 

@@ -6,6 +6,7 @@ Everything of csrc/cuda runs: kernels, launches and the binding, on CPU tensors,
 import ctypes
 import functools
 import hashlib
+import importlib
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import sysconfig
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.utils import cpp_extension
@@ -78,15 +80,19 @@ def build() -> Path:
     return library
 
 
-@functools.cache
-def load() -> ctypes.CDLL:
-    """Builds it, loads its operators, and registers the backend."""
-    path = build()
-    torch.ops.load_library(path)
-    sys.modules.setdefault("vrm_kernels._cuda", types.ModuleType("vrm_kernels._cuda"))
-    backends.REGISTRY[NAME] = backends.Backend(
+def backend() -> backends.Backend:
+    return backends.Backend(
         NAME, "vrm_kernels.backends.native_cuda", ("cpu",), "as cuda", lambda: (True, "the CUDA sources on the host")
     )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Builds it and loads its operators, which are those of the extension vrm_kernels._cuda."""
+    path = build()
+    torch.ops.load_library(path)
+    with mock.patch.dict(sys.modules, {"vrm_kernels._cuda": types.ModuleType("vrm_kernels._cuda")}):
+        importlib.import_module("vrm_kernels.backends.native_cuda")
     library = ctypes.CDLL(str(path))
     library.cuda_shim_launches.restype = library.cuda_shim_kernels.restype = ctypes.c_int64
     library.cuda_shim_set_order.argtypes = [ctypes.c_uint64]

@@ -43,7 +43,8 @@ def _report(reason: str, *copies: Path) -> None:
     """Leaves the reason where describe() finds it, and says it."""
     for path in (REPORT, *copies):
         path.write_text(
-            f'"""Written by setup.py: why vrm_kernels._cuda is missing; empty where it was built."""\n\nREASON = {reason!r}\n'
+            '"""Written by setup.py: why vrm_kernels._cuda is missing; empty where it was built."""\n\n'
+            f"REASON = {reason!r}\n"
         )
     if reason:
         print(f"vrm_kernels: the backend `cuda` was left out: {reason}", file=sys.stderr)

@@ -87,7 +87,7 @@ __device__ __forceinline__ void run_step(const Problem<T>& p, int which, char* s
 }
 
 template <class T, Step step>
-__global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ Problem<T> p, int which) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) step_kernel(const __grid_constant__ Problem<T> p, int which) {
   run_step<T, step>(p, which, shared_memory());
 }
 

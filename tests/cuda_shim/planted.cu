@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-namespace {
+namespace planted {
 
 enum Fault { none, missing_barrier, write_past_end, shared_past_end, unwritten, divergent_barrier, between_blocks,
              missing_warp_barrier, part_of_a_warp, read_before_start };
@@ -37,7 +37,7 @@ __global__ void count_blocks(float* x, int fault) {
   else atomicAdd(x, 1.0f);
 }
 
-}  // namespace
+}  // namespace planted
 
 // 0 and the results in x [64] if the emulation found nothing, else 1 and what it found in `message` [256].
 extern "C" int cuda_shim_planted(int fault, float* x, char* message) {
@@ -49,10 +49,10 @@ extern "C" int cuda_shim_planted(int fault, float* x, char* message) {
   shim::expect_buffer(in, sizeof(in), shim::Access::initialised);
   shim::expect_buffer(x, 64 * sizeof(float), shim::Access::scratch);
   try {
-    cudaLaunchKernelEx(&config, reverse, in, x, fault);
-    cudaLaunchKernelEx(&config, swap_lanes, x, fault);
+    cudaLaunchKernelEx(&config, planted::reverse, in, x, fault);
+    cudaLaunchKernelEx(&config, planted::swap_lanes, x, fault);
     config.gridDim = dim3(3);
-    cudaLaunchKernelEx(&config, count_blocks, x, fault);
+    cudaLaunchKernelEx(&config, planted::count_blocks, x, fault);
   } catch (const std::runtime_error& error) {
     std::string(error.what()).copy(message, 255);
     message[std::min<size_t>(255, std::strlen(error.what()))] = 0;

@@ -7,7 +7,11 @@
 
 #include "fibre.h"
 
+#include <cxxabi.h>
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -190,6 +194,14 @@ const char* where(State state) {
   return "";
 }
 
+std::string name_of(const void* kernel) {
+  Dl_info info;
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "a kernel without a name";
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
+  return status == 0 ? name.get() : info.dli_sname;
+}
+
 // Runs fibres [0, n) until all are done, in an order that changes at every turn if a seed is set.
 void run_fibres(size_t n, size_t block_size) {
   std::mt19937_64 random(order_seed);
@@ -287,11 +299,11 @@ void forget_buffers() {
   buffers.clear();
 }
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entry run, const void* context, const char* name) {
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entry run, const void* context,
+              const void* kernel) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
-  const std::string pretty = name;  // "... [with ...]"
-  kernel_name = pretty;
-  kernels_run.push_back(pretty);
+  kernel_name = name_of(kernel);
+  kernels_run.push_back(kernel_name);
   ++launches;
   const size_t at_once = cooperative ? grid.x : 1, threads = block.x;
   while (stacks.size() < at_once * threads) stacks.push_back(new_stack(kStackBytes));

@@ -1,4 +1,4 @@
-"""The `cuda` backend: the kernels of ``csrc/cuda``, loss and both gradients queued on the current stream in one call."""
+"""The `cuda` backend: the kernels of ``csrc/cuda``, loss and both gradients queued on the current stream."""
 
 from typing import NamedTuple
 

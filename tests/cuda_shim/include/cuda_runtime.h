@@ -54,7 +54,7 @@ void forget_buffers();
 
 using Entry = void (*)(const void* arguments);
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entry entry, const void* arguments,
-              const char* name);
+              const void* kernel);
 
 template <class V> uint64_t to_bits(V value) {
   static_assert(sizeof(V) <= 8, "one register pair");
@@ -158,6 +158,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const auto call = [&]() VRM_UNCHECKED { kernel(arguments...); };  // copies the parameters onto each fibre's stack
   shim::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative,
                  [](const void* context) VRM_UNCHECKED { (*static_cast<const decltype(call)*>(context))(); }, &call,
-                 __PRETTY_FUNCTION__);
+                 reinterpret_cast<const void*>(kernel));
   return cudaSuccess;
 }
