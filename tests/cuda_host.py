@@ -14,7 +14,6 @@ import sysconfig
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch.utils import cpp_extension
@@ -91,8 +90,11 @@ def load() -> ctypes.CDLL:
     """Builds it and loads its operators, which are those of the extension vrm_kernels._cuda."""
     path = build()
     torch.ops.load_library(path)
-    with mock.patch.dict(sys.modules, {"vrm_kernels._cuda": types.ModuleType("vrm_kernels._cuda")}):
+    sys.modules["vrm_kernels._cuda"] = types.ModuleType("vrm_kernels._cuda")
+    try:
         importlib.import_module("vrm_kernels.backends.native_cuda")
+    finally:
+        del sys.modules["vrm_kernels._cuda"]
     library = ctypes.CDLL(str(path))
     library.cuda_shim_launches.restype = library.cuda_shim_kernels.restype = ctypes.c_int64
     library.cuda_shim_set_order.argtypes = [ctypes.c_uint64]

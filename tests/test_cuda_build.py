@@ -32,7 +32,7 @@ def test_a_cpu_build_of_torch_is_left_alone(monkeypatch, capsys):
     monkeypatch.setattr(cuda_build, "target_flags", lambda *_: pytest.fail("looked for a toolkit"))
     monkeypatch.setattr(cpp_extension, "CUDAExtension", lambda *_, **__: pytest.fail("made an extension"))
     assert cuda_build.extensions() == []
-    assert reason() == f"this torch ({torch.__version__}) is a build without CUDA"
+    assert reason() == f"this torch ({torch.__version__}) is a CPU build"
     said = [line for line in capsys.readouterr().err.splitlines() if "cuda" in line]
     assert len(said) == 1 and "left out" in said[0] and reason() in said[0]
 
@@ -48,7 +48,7 @@ def test_no_toolkit(monkeypatch, tmp_path):
 def test_the_builds_choice(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv(cuda_build.CHOICE, "1")
-    with pytest.raises(RuntimeError, match=r"asks for the CUDA extension.*without CUDA"):
+    with pytest.raises(RuntimeError, match=r"asks for the CUDA extension.*CPU build"):
         cuda_build.extensions()
     monkeypatch.setenv(cuda_build.CHOICE, "0")
     assert cuda_build.extensions() == [] and "told to leave it out" in reason()

@@ -74,7 +74,8 @@ def host(monkeypatch):
     library = cuda_host.load()
     monkeypatch.setitem(backends.REGISTRY, cuda_host.NAME, cuda_host.backend())
     library.cuda_shim_set_order(1)
-    return library
+    yield library
+    library.cuda_shim_set_checks(1)
 
 
 def set_form(monkeypatch, form):
@@ -85,8 +86,9 @@ def set_form(monkeypatch, form):
 
 @pytest.fixture(params=["one_launch", "tiles"])
 def backend(host, monkeypatch, request):
-    """For the imported tests."""
+    """For the imported tests. One form goes unchecked there, to save minutes: the tests below check all of them."""
     set_form(monkeypatch, request.param)
+    host.cuda_shim_set_checks(request.param == "tiles")
     return cuda_host.NAME
 
 
@@ -186,6 +188,8 @@ FAULTS = {  # see planted.cu
     7: "race|memory that nothing has written",
     8: "part of a warp",
     9: "read of 4 bytes outside of every array",
+    10: "race: write after another thread's read|race: read after another thread's write",
+    11: "1 words of the outputs were not written",
 }
 
 
@@ -199,11 +203,11 @@ def test_the_emulation_finds_planted_faults(host, fault, order):
     failed = host.cuda_shim_planted(fault, x, message)
     if fault == 0:
         assert not failed, message.value
-        assert list(x) == [65.0, *(63 - (k ^ 1) for k in range(1, 64))][:1] + [63 - (k ^ 1) for k in range(1, 64)]
+        assert list(x) == [62.0 + 3, *(63.0 - (k ^ 1) for k in range(1, 64))]
         return
     found = message.value.decode()
     assert failed and re.search(FAULTS[fault], found), found
-    assert "planted::" in found and "thread" in found
+    assert fault == 11 or ("planted::" in found and "thread" in found)
 
 
 def test_a_fault_reaches_the_caller(host, monkeypatch):
@@ -293,6 +297,8 @@ def test_the_selection_is_torchs_quantile_to_the_bit(host, dtype):
         for index in range(3 if dtype == torch.float32 else 6):
             status = op.cuda_count_selection(status, ones, -values[:, None], None, index, 64)
             status, threshold, kept = op.cuda_advance_selection(status, index, n, rank, weight, ones)
-        expected = torch.quantile(values, torch.tensor(percentile / 100, dtype=dtype))
+        expected = pruning.quantile_sorted(values, percentile / 100)
+        if 1 < percentile < 99:  # torch.quantile makes NaN of an infinity, even with weight 0
+            assert torch.equal(expected, torch.quantile(values, torch.tensor(percentile / 100, dtype=dtype)))
         assert torch.equal(threshold, expected), (percentile, threshold, expected)
         assert int(kept) == int((values <= expected).sum())

@@ -36,7 +36,7 @@ template <class T, class V = std::remove_const_t<T>> Matrix<T> matrix_of(const T
   if (x.numel() > 0) {
     const int64_t last = (x.size(0) - 1) * x.stride(0) + (x.size(1) - 1) * x.stride(1);
     shim::expect_buffer(data, (last + 1) * sizeof(T),
-                        std::is_const<T>::value ? shim::Access::initialised : shim::Access::scratch);
+                        std::is_const<T>::value ? shim::Access::initialised : shim::Access::output);
   }
 #endif
   return {data, x.stride(transposed), x.stride(!transposed)};
@@ -45,7 +45,7 @@ template <class T, class V = std::remove_const_t<T>> Matrix<T> matrix_of(const T
 template <class V> V* pointer_of(const Tensor& x) {
   V* data = x.mutable_data_ptr<V>();
 #if defined(VRM_CUDA_SHIM)
-  shim::expect_buffer(data, x.numel() * sizeof(V), shim::Access::scratch);
+  shim::expect_buffer(data, x.numel() * sizeof(V), shim::Access::output);
 #endif
   return data;
 }
@@ -58,7 +58,11 @@ template <class V> const V* given_pointer(const Tensor& x) {
 }
 
 template <class T> Tensor view_of(const Matrix<const T>& x, int64_t rows, int64_t columns, const Tensor& like) {
-  return at::from_blob(const_cast<T*>(x.data), {rows, columns}, {x.vertex_stride, x.dim_stride}, like.options());
+  return at::for_blob(const_cast<T*>(x.data), {rows, columns})
+      .strides({x.vertex_stride, x.dim_stride})
+      .target_device(like.device())
+      .options(like.options())
+      .make_tensor();
 }
 
 // torch's own product, which obeys torch's own switches (TF32), on the current stream.
@@ -75,10 +79,14 @@ template <class T> Multiply<T> multiply_like(const Tensor& like) {
 
 Tuning tuning_of(c10::string_view form, int64_t tile_edge, int64_t stored_entropy_bytes) {
   Tuning tuning{Form::automatic, tile_edge, stored_entropy_bytes};
-  if (form == "one_launch") tuning.form = Form::one_launch;
-  else if (form == "launches") tuning.form = Form::launches;
-  else if (form == "tiles") tuning.form = Form::tiles;
-  else TORCH_CHECK_VALUE(form == "auto", "the form is 'auto', 'one_launch', 'launches' or 'tiles', not '", form, "'");
+  if (form == "one_launch")
+    tuning.form = Form::one_launch;
+  else if (form == "launches")
+    tuning.form = Form::launches;
+  else if (form == "tiles")
+    tuning.form = Form::tiles;
+  else
+    TORCH_CHECK_VALUE(form == "auto", "the form is 'auto', 'one_launch', 'launches' or 'tiles', not '", form, "'");
   TORCH_CHECK_VALUE(tile_edge > 0, "the edge of a tile must be positive, not ", tile_edge);
   return tuning;
 }
@@ -105,13 +113,12 @@ template <class T> void compute(Problem<T>& problem, const Tuning& tuning, const
 }
 
 // The settings that all graphs of a call share.
-template <class T> void set_sizes(Graph<T>& g, int64_t rows, int64_t columns, int64_t dims, bool one_set) {
+template <class T> void set_sizes(Graph<T>& g, int64_t rows, int64_t columns, int64_t dims, bool exclude_self) {
   g.rows = g.a.count = rows;
   g.columns = g.b.count = columns;
   g.dims = dims;
-  g.one_set = one_set;
-  g.self = one_set ? 0 : kNoSelf;
-  g.edges = rows * columns - (one_set ? rows : 0);
+  g.self = exclude_self ? 0 : kNoSelf;
+  g.edges = rows * columns - (exclude_self ? rows : 0);
 }
 
 Tensor empty_grad(const Tensor& x, bool needed) {
@@ -120,24 +127,25 @@ Tensor empty_grad(const Tensor& x, bool needed) {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The threshold [] and the number of kept edges [] of a batch that several processes share, on the device. This graph has
-// some of its rows and all of its columns; row 0 is the vertex of column `self`, if they are one set of vertices.
+// The threshold [] and the number of kept edges [] of a batch that several processes share, on the device. This graph
+// has some of its rows and all of its columns; row 0 is the vertex of column `self`, if they are one set of vertices.
 struct Given {
   Tensor threshold, kept;
   int64_t self;
 };
 
-template <class T>
-Four relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b, const Tensor& probs,
-                    const Tensor& log_probs, int64_t rank, double lerp_weight, double delta, bool exclude_self,
-                    bool need_grad, const Tuning& tuning, const Given& given) {
+template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
+                                       const Tensor& teacher_b, const Tensor& probs, const Tensor& log_probs,
+                                       int64_t rank, double lerp_weight, double delta, bool exclude_self,
+                                       bool need_grad, const Tuning& tuning, const Given& given) {
   const Tensor grad_a = empty_grad(a, need_grad), grad_b = empty_grad(b, need_grad);
   const Tensor loss = at::empty({}, a.options()), kept = at::empty({}, a.options().dtype(at::kLong));
   Problem<T> problem{};
   problem.graphs = 1;
   Graph<T>& g = problem.graph[0];
   set_sizes(g, a.size(0), b.size(0), a.size(1), exclude_self);
-  const auto side = [&](Side<T>& s, const Tensor& student, const Tensor& teacher, const Tensor& factor, const Tensor& grad) {
+  const auto side = [&](Side<T>& s, const Tensor& student, const Tensor& teacher, const Tensor& factor,
+                        const Tensor& grad) {
     s.student = {matrix_of<const T>(student, false), {}, s.count};
     s.teacher = {matrix_of<const T>(teacher, false), {}, s.count};
     if (factor.defined()) s.factor = {matrix_of<const T>(factor, false), {}, s.count};
@@ -175,11 +183,12 @@ Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher
     l = at::add(probs_b->to(type), 1e-7).log_();
   }
   const auto graph = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
-  return graph(a.to(type), b.to(type), teacher_a.to(type), teacher_b.to(type), p, l, rank, lerp_weight, delta, exclude_self,
-               need_grad, tuning_of(form, tile_edge, stored_entropy_bytes), {});
+  return graph(a.to(type), b.to(type), teacher_a.to(type), teacher_b.to(type), p, l, rank, lerp_weight, delta,
+               exclude_self, need_grad, tuning_of(form, tile_edge, stored_entropy_bytes), {});
 }
 
-// ---- the phases apart, for a batch that several processes share ------------------------------------------------------
+// ---- the phases apart, for a batch that several processes share
+// ------------------------------------------------------
 
 template <class T> Tensor begin_selection(const Tensor& like, int64_t edges, int64_t rank) {
   static_assert(sizeof(Status<T>) % sizeof(int64_t) == 0, "a tensor of integers");
@@ -189,9 +198,8 @@ template <class T> Tensor begin_selection(const Tensor& like, int64_t edges, int
 }
 
 // The status with the entropies of these rows and columns counted in.
-template <class T>
-Tensor count_selection(const Tensor& status, const Tensor& probs, const Tensor& log_probs, int64_t self, int64_t pass,
-                       const Tuning& tuning) {
+template <class T> Tensor count_selection(const Tensor& status, const Tensor& probs, const Tensor& log_probs,
+                                          int64_t self, int64_t pass, const Tuning& tuning) {
   const Tensor result = status.clone();
   Graph<T> g{};
   set_sizes(g, probs.size(0), log_probs.size(0), 1, false);
@@ -208,15 +216,20 @@ Tensor count_selection(const Tensor& status, const Tensor& probs, const Tensor& 
 }
 
 // The status after a pass whose counts are complete, and the threshold and kept count, which the last pass gives.
-template <class T>
-std::tuple<Tensor, Tensor, Tensor> advance_selection(const Tensor& status, int64_t pass, int64_t edges, int64_t rank,
-                                                     double lerp_weight, const Tensor& like) {
+template <class T> std::tuple<Tensor, Tensor, Tensor> advance_selection(const Tensor& status, int64_t pass,
+                                                                        int64_t edges, int64_t rank, double lerp_weight,
+                                                                        const Tensor& like) {
   const Tensor result = status.clone();
   auto* at = reinterpret_cast<Status<T>*>(pointer_of<int64_t>(result));
   note_initialised(result);
   advance_shared_selection(at, static_cast<int>(pass), edges, rank, lerp_weight, current_stream());
   const auto view = [&](const void* field, at::ScalarType type) {
-    return at::from_blob(const_cast<void*>(field), {}, like.options().dtype(type)).clone();
+    const auto options = like.options().dtype(type);
+    return at::for_blob(const_cast<void*>(field), {})
+        .target_device(like.device())
+        .options(options)
+        .make_tensor()
+        .clone();
   };
   return {result, view(&at->threshold, like.scalar_type()), view(&at->kept, at::kLong)};
 }
@@ -245,8 +258,8 @@ Tensor cuda_count_selection(const Tensor& status, const Tensor& probs, const Ten
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> cuda_advance_selection(const Tensor& status, int64_t pass, int64_t edges, int64_t rank,
-                                                          double lerp_weight, const Tensor& like) {
+std::tuple<Tensor, Tensor, Tensor> cuda_advance_selection(const Tensor& status, int64_t pass, int64_t edges,
+                                                          int64_t rank, double lerp_weight, const Tensor& like) {
   check_pass(like, pass);
   const c10::cuda::CUDAGuard device(like.device());
   const auto advance = like.scalar_type() == at::kDouble ? advance_selection<double> : advance_selection<float>;
@@ -256,32 +269,33 @@ std::tuple<Tensor, Tensor, Tensor> cuda_advance_selection(const Tensor& status, 
 }
 
 std::tuple<Tensor, Tensor, Tensor> cuda_relation_edges(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
-                                                       const Tensor& teacher_b, const Tensor& probs, const Tensor& log_probs,
-                                                       const Tensor& threshold, const Tensor& kept,
-                                                       std::optional<int64_t> self, double delta, bool need_grad, int64_t tile_edge) {
+                                                       const Tensor& teacher_b, const Tensor& probs,
+                                                       const Tensor& log_probs, const Tensor& threshold,
+                                                       const Tensor& kept, std::optional<int64_t> self, double delta,
+                                                       bool need_grad, int64_t tile_edge) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::cuda::CUDAGuard device(a.device());
   const auto graph = a.scalar_type() == at::kDouble ? relation_graph<double> : relation_graph<float>;
-  const auto [loss, grad_a, grad_b, all] = graph(a, b, teacher_a, teacher_b, probs, log_probs, 0, 0, delta, false, need_grad,
-                                                 tuning_of("tiles", tile_edge, 0), {threshold, kept, self.value_or(kNoSelf)});
+  const auto [loss, grad_a, grad_b, all] =
+      graph(a, b, teacher_a, teacher_b, probs, log_probs, 0, 0, delta, false, need_grad,
+            tuning_of("tiles", tile_edge, 0), {threshold, kept, self.value_or(kNoSelf)});
   return {loss, grad_a, grad_b};
 }
 
-// ---- both graphs of the loss -----------------------------------------------------------------------------------------
+// ---- both graphs of the loss
+// -----------------------------------------------------------------------------------------
 
 // The vertices of one view's matrix, its rows or its columns, or those of both in one set.
-template <class T>
-Stacked<T> stacked(const Tensor (&views)[2], int view, bool complete, bool by_class, int64_t count) {
+template <class T> Stacked<T> stacked(const Tensor (&views)[2], int view, bool complete, bool by_class, int64_t count) {
   if (!complete) return {matrix_of<T>(views[view], by_class), {}, count};
   return {matrix_of<T>(views[0], by_class), matrix_of<T>(views[1], by_class), count};
 }
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-template <class T>
-Five vrm_graphs(const Tensor (&student)[2], const Tensor (&teacher)[2], double alpha, double beta, at::IntArrayRef ranks,
-                at::ArrayRef<double> lerp_weights, bool keep_all, double delta, bool complete, bool need_grad,
-                const Tuning& tuning) {
+template <class T> Five vrm_graphs(const Tensor (&student)[2], const Tensor (&teacher)[2], double alpha, double beta,
+                                   at::IntArrayRef ranks, at::ArrayRef<double> lerp_weights, bool keep_all,
+                                   double delta, bool complete, bool need_grad, const Tuning& tuning) {
   const int64_t samples = student[0].size(0), classes = student[0].size(1);
   const Tensor grads[2] = {empty_grad(student[0], need_grad), empty_grad(student[1], need_grad)};
   const auto options = student[0].options();
@@ -311,6 +325,7 @@ Five vrm_graphs(const Tensor (&student)[2], const Tensor (&teacher)[2], double a
     g.keep_all = keep_all;
     g.depth = keep_all ? 0 : dims;
     g.need_grad = need_grad;
+    g.one_set = complete;
     g.add_out = k > 0;
     g.rank = ranks[k], g.lerp_weight = lerp_weights[k];
     g.weight = by_class ? beta : alpha, g.delta = static_cast<T>(delta);
@@ -349,7 +364,8 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
       "bool need_grad, str form, int tile_edge, int stored_entropy_bytes) "
       "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
-  // The first passes x 2 x 2048 + 1 integers of `status` are counts, which may be added over processes between count and advance.
+  // The first passes x 2 x 2048 + 1 integers of `status` are counts, which may be added over processes between count
+  // and advance.
   m.def("cuda_begin_selection(Tensor like, int edges, int rank) -> Tensor status");
   m.def(
       "cuda_count_selection(Tensor status, Tensor probs, Tensor log_probs, int? self, int index, int tile_edge) "
@@ -374,6 +390,7 @@ TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
 
 // `import vrm_kernels._cuda` registers the operators; the module itself is empty.
 PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

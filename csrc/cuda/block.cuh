@@ -50,11 +50,11 @@ template <class T> struct Square {
   T x[kTile][kTile + 1];
 };
 
-// square[v][k] = get(v, k) for the valid ones, else 0. Lanes run along the dimensions or along the vertices, whichever is
-// contiguous in memory. The caller synchronises.
-template <class T, class Get>
-__device__ __forceinline__ void load_square(Square<T>& square, bool along_dims, int64_t vertices, int64_t dims,
-                                            const Get& get) {
+// square[v][k] = get(v, k) for the valid ones, else 0. Lanes run along the dimensions or along the vertices, whichever
+// is contiguous in memory. The caller synchronises.
+template <class T, class Get> __device__ __forceinline__ void load_square(Square<T>& square, bool along_dims,
+                                                                          int64_t vertices, int64_t dims,
+                                                                          const Get& get) {
 #pragma unroll
   for (int r = 0; r < kTile / kWarps; ++r) {
     const int slow = warp_index() + r * kWarps, fast = lane_index();
@@ -70,9 +70,9 @@ template <class T> struct Strip {
 };
 
 // strip[k][v] = get(v, k) for v < vertices, k < depth, else 0.
-template <class T, class Get>
-__device__ __forceinline__ void load_strip(Strip<T>& strip, bool along_depth, int64_t vertices, int64_t depth,
-                                           const Get& get) {
+template <class T, class Get> __device__ __forceinline__ void load_strip(Strip<T>& strip, bool along_depth,
+                                                                         int64_t vertices, int64_t depth,
+                                                                         const Get& get) {
 #pragma unroll
   for (int r = 0; r < kDepth * kTile / kThreads; ++r) {
     const int e = thread_index() + r * kThreads;
@@ -83,7 +83,8 @@ __device__ __forceinline__ void load_strip(Strip<T>& strip, bool along_depth, in
 
 // A thread owns the elements (4 warp + r, lane) of a 32 x 32 tile of results, r = 0 ... 3.
 constexpr int kOwn = kTile / kWarps;
-template <class T> __device__ __forceinline__ void multiply_strips(const Strip<T>& a, const Strip<T>& b, T (&sum)[kOwn]) {
+template <class T>
+__device__ __forceinline__ void multiply_strips(const Strip<T>& a, const Strip<T>& b, T (&sum)[kOwn]) {
   const int i = warp_index() * kOwn, j = lane_index();
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {

@@ -11,7 +11,7 @@ FOLDER = Path(__file__).parent
 REPORT = ROOT / "vrm_kernels" / "_cuda_report.py"
 CHOICE = "VRM_KERNELS_CUDA"  # of the build alone: "0" leaves it out, "1" makes its absence an error
 DEFAULT_TARGETS = (80, 90, 100)  # of NVIDIA's numbering; the last one's PTX serves what comes after
-FLAGS = {"cxx": ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]}
+FLAGS = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]}
 
 
 def extensions() -> list:
@@ -56,7 +56,7 @@ def _find() -> tuple[list, str]:
     except ImportError as error:
         return [], f"torch is not installed here ({error})"
     if torch.version.cuda is None:
-        return [], f"this torch ({torch.__version__}) is a build without CUDA"
+        return [], f"this torch ({torch.__version__}) is a CPU build"
     from torch.utils import cpp_extension
 
     nvcc = Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc"

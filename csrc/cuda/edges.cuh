@@ -33,9 +33,8 @@ template <class T> struct LiteralEdge {
 };
 
 // The component-wise formula of one edge, by a warp.
-template <class T>
-__device__ __forceinline__ LiteralEdge<T> literal_edge(const Graph<T>& g, const EdgeRule<T>& rule, T scale, int64_t i,
-                                                       int64_t j) {
+template <class T> __device__ __forceinline__ LiteralEdge<T> literal_edge(const Graph<T>& g, const EdgeRule<T>& rule,
+                                                                          T scale, int64_t i, int64_t j) {
   Difference<T> d{g, i, j, scale, false};
   T student = 0, teacher = 0;
   const auto measure = [&] {

@@ -31,15 +31,15 @@ template <class T> struct TileSide {
 };
 
 // Adds the gradients of the literal edges of vertex `own` of the tile, dimensions k0 + lane + 32 n of N.
-template <class T, int N>
-__device__ __forceinline__ void add_literal(const TileSide<T>& side, const EdgeRule<T>& rule, T scale, int64_t own,
-                                            int64_t k0, T (&grad)[N]) {
+template <class T, int N> __device__ __forceinline__ void add_literal(const TileSide<T>& side, const EdgeRule<T>& rule,
+                                                                      T scale, int64_t own, int64_t k0, T (&grad)[N]) {
   const Graph<T>& g = side.g;
   for (int64_t first = 0; first < side.other_count(); first += kTile) {
     for (unsigned left = side.literal(own, first); left != 0; left &= left - 1) {
       const int64_t other = first + __ffs(static_cast<int>(left)) - 1, at = side.at(own, other);
       const int64_t v = side.own_first() + own, w = side.other_first() + other;
-      const T signed_u = side.tile.u[at], u = fabs(signed_u), teacher_u = side.tile.v[at], radial = side.tile.radial[at];
+      const T signed_u = side.tile.u[at], u = fabs(signed_u), teacher_u = side.tile.v[at],
+              radial = side.tile.radial[at];
       const Difference<T> d{g, side.by_column ? w : v, side.by_column ? v : w, scale, signed_u < T(0)};
 #pragma unroll
       for (int n = 0; n < N; ++n) {
@@ -99,7 +99,8 @@ template <class T> struct Gradient {
   }
 };
 
-// Large graphs, whose products a library takes: adds the literal edges' gradients. A vertex a warp, 128 dimensions a task.
+// Large graphs, whose products a library takes: adds the literal edges' gradients. A vertex a warp, 128 dimensions a
+// task.
 template <class T> struct LiteralGradient {
   static constexpr int kDims = 4;  // of a lane
 
@@ -146,7 +147,8 @@ template <class T> struct Finish {
     const int64_t wide = ceil_div(g.dims, kTile), v0 = task / wide * kTile, k0 = task % wide * kTile;
     const double count = static_cast<double>(*g.kept) + kCountEps;
     const bool poisoned = g.status->not_finite != 0 || (!g.keep_all && !(*g.threshold == *g.threshold));
-    const T scale = poisoned ? static_cast<T>(NAN) : static_cast<T>(static_cast<double>(g.status->scale) * g.weight / count);
+    const T scale =
+        poisoned ? static_cast<T>(NAN) : static_cast<T>(static_cast<double>(g.status->scale) * g.weight / count);
     load_square(tile, true, side.count - v0, g.dims - k0, [&](int v, int k) {
       const T* grad = side.grad + (v0 + v) * g.ld;
       T gamma_sum = grad[g.dims], beta_sum = -grad[g.dims + 1], sum = grad[k0 + k];
@@ -177,7 +179,8 @@ template <class T> __device__ inline void finish_losses(const Problem<T>& p) {
   for (int k = 0; k < p.graphs; ++k) {
     const Graph<T>& g = p.graph[k];
     const bool poisoned = g.status->not_finite != 0 || (!g.keep_all && !(*g.threshold == *g.threshold));
-    const double loss = poisoned ? static_cast<double>(NAN) : g.status->loss / (static_cast<double>(*g.kept) + kCountEps);
+    const double loss =
+        poisoned ? static_cast<double>(NAN) : g.status->loss / (static_cast<double>(*g.kept) + kCountEps);
     *g.loss_out = static_cast<T>(loss);
     *g.kept_out = poisoned ? 0 : *g.kept;
     total += g.weight * loss;

@@ -10,9 +10,9 @@ namespace cuda {
 
 constexpr int kThreads = 256;  // of every block
 constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 32;             // the kernels work on tiles of 32 vertices by 32 vertices, or by 32 dimensions
-constexpr int64_t kMaxChunks = 64;    // partial sums of the vertices
-constexpr int kBins = 2048;           // 11 bits
+constexpr int kTile = 32;           // the kernels work on tiles of 32 vertices by 32 vertices, or by 32 dimensions
+constexpr int64_t kMaxChunks = 64;  // partial sums of the vertices
+constexpr int kBins = 2048;         // 11 bits
 constexpr int64_t kNoSelf = -(int64_t{1} << 62);
 
 // Element (v, k) at data[v * vertex_stride + k * dim_stride].
@@ -35,7 +35,7 @@ template <class T> struct Stacked {
 template <class T> struct Side {
   int64_t count;
   Stacked<const T> student, teacher;  // the inputs, [count, D]
-  Stacked<const T> factor;            // of the entropy, [count, K]: P on the side of the rows, log(P' + 1e-7) on the other
+  Stacked<const T> factor;  // of the entropy, [count, K]: P on the side of the rows, log(P' + 1e-7) on the other
   // Row-major, ld elements a row: the centred vectors, their residual, then two columns more, which are 1 and 0 in x_s,
   // 0 and 1 in x_w: gradient products with them give the sums of the coefficients.
   T *x_s, *x_t, *x_w;
@@ -58,27 +58,27 @@ template <class T> VRM_HOST_DEVICE constexpr int digit_shift(int pass) {
 // What is found out about a graph on the way; zero at first. The selection follows sorted[rank] and its successor.
 template <class T> struct Status {
   unsigned long long histogram[kPasses<T>][2][kBins];  // counts: those of several processes may be added, ...
-  unsigned long long nan;  // ... and this is one too: entropies that are not a number
-  uint64_t prefix[2];  // the digits found so far
-  int64_t rank[2];     // among the keys with this prefix
-  int64_t kept;        // edges at or below the threshold
-  double loss;         // the sum of the edges' losses
+  unsigned long long nan;                              // ... and this is one too: entropies that are not a number
+  uint64_t prefix[2];                                  // the digits found so far
+  int64_t rank[2];                                     // among the keys with this prefix
+  int64_t kept;                                        // edges at or below the threshold
+  double loss;                                         // the sum of the edges' losses
   T threshold;
-  T scale;             // the student is scaled by it, a power of two
-  int not_finite;      // an input is not finite
+  T scale;         // the student is scaled by it, a power of two
+  int not_finite;  // an input is not finite
 };
 
 template <class T> struct Graph {
   int64_t rows, columns, dims, depth, ld;  // M, N, D, K
   Side<T> a, b;
-  bool one_set;       // both sides are the same vertices: packed once, and their gradients are added
+  bool one_set;  // both sides are the same vertices: packed once, and their gradients are added
   bool keep_all, need_grad;
-  bool add_out;       // the gradient is added to what `out` holds: another graph's
-  int64_t self;       // the edges (i, i + self) do not exist; kNoSelf: all do
-  int64_t edges;      // how many are ranked,
-  int64_t rank;       // the threshold's rank among them, and
-  double lerp_weight; // the weight of the value after it
-  double weight;      // of the graph in the loss
+  bool add_out;        // the gradient is added to what `out` holds: another graph's
+  int64_t self;        // the edges (i, i + self) do not exist; kNoSelf: all do
+  int64_t edges;       // how many are ranked,
+  int64_t rank;        // the threshold's rank among them, and
+  double lerp_weight;  // the weight of the value after it
+  double weight;       // of the graph in the loss
   T delta;
   // Working memory.
   int64_t chunks;       // of the vertices, for sums
@@ -90,8 +90,8 @@ template <class T> struct Graph {
   const int64_t* kept;  // [1]: what the edges are judged and the sums divided by: the selection's, or if `given`, the
   bool given;           // caller's: those of a batch that several processes share, of whose edges this graph has some
   // Results.
-  T* loss_out;           // [1]
-  int64_t* kept_out;     // [1]
+  T* loss_out;        // [1]
+  int64_t* kept_out;  // [1]
 };
 
 // Edges rows [row, row + rows) x columns [column, column + columns). Small graphs are one tile.
@@ -99,14 +99,15 @@ template <class T> struct EdgeTile {
   int64_t row, column, rows, columns;
   T* entropy;  // of these edges, entropy_ld elements a row
   int64_t entropy_ld;
-  // ld elements a row. Before the edges are weighed the first three hold their dot products (student, teacher, residual) if
-  // `dots_given`; afterwards the coefficients, zero on edges that are pruned or literal, and u of the literal ones.
+  // ld elements a row. Before the edges are weighed the first three hold their dot products (student, teacher,
+  // residual) if `dots_given`; afterwards the coefficients, zero on edges that are pruned or literal, and u of the
+  // literal ones.
   T *beta, *gamma, *u, *v, *radial;
   int64_t ld;
   bool dots_given;
   uint32_t* literal;  // [rows, words]: one bit an edge
   int64_t words;
-  double* losses;     // [32 x 32 tiles]
+  double* losses;  // [32 x 32 tiles]
 };
 
 // The softmax of the student's logits [rows, columns] of up to two views, and log(softmax + 1e-7).

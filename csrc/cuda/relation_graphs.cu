@@ -28,9 +28,9 @@ int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared_bytes, bool cooperative, cudaStream_t stream,
-            const Arguments&... arguments) {
+template <class... Parameters, class... Arguments> void launch(void (*kernel)(Parameters...), int64_t blocks,
+                                                               int64_t shared_bytes, bool cooperative,
+                                                               cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attributes[1];
   attributes[0].id = cudaLaunchAttributeCooperative;
   attributes[0].val.cooperative = 1;
@@ -87,8 +87,8 @@ template <class T> void run_launches(const Problem<T>& p, cudaStream_t stream) {
   launch_step<T, Step::prepare>(p, 0, stream);
   launch_step<T, Step::means>(p, 0, stream);
   launch_step<T, Step::pack>(p, 0, stream);
-  launch_step<T, Step::entropy>(p, 0, stream);
-  for (int pass = 0; pass < kPasses<T>; ++pass) {
+  if (!p.graph[0].keep_all) launch_step<T, Step::entropy>(p, 0, stream);
+  for (int pass = 0; pass < kPasses<T> && !p.graph[0].keep_all; ++pass) {
     launch_step<T, Step::histogram>(p, pass, stream);
     launch_step<T, Step::advance>(p, pass, stream);
   }
@@ -103,7 +103,8 @@ template <class T> void run_launches(const Problem<T>& p, cudaStream_t stream) {
 // One graph, by tiles of edges whose products a library takes.
 template <class T> class TiledGraph {
  public:
-  TiledGraph(const Problem<T>& problem, int which, const Tuning& tuning, const Multiply<T>& multiply, cudaStream_t stream)
+  TiledGraph(const Problem<T>& problem, int which, const Tuning& tuning, const Multiply<T>& multiply,
+             cudaStream_t stream)
       : p_(problem), g_(p_.graph[0]), edge_(tile_edge<T>(tuning)), multiply_(multiply), stream_(stream) {
     p_.graphs = 1;
     p_.graph[0] = problem.graph[which];
@@ -177,20 +178,38 @@ template <class T> class TiledGraph {
   }
 
   void multiply_entropy(const EdgeTile<T>& tile) {
-    multiply_({{tile.entropy, tile.entropy_ld, 1}, from(g_.a.factor, tile.row), from(g_.b.factor, tile.column), tile.rows,
-               tile.columns, g_.depth, -1.0, false});
+    multiply_({{tile.entropy, tile.entropy_ld, 1},
+               from(g_.a.factor, tile.row),
+               from(g_.b.factor, tile.column),
+               tile.rows,
+               tile.columns,
+               g_.depth,
+               -1.0,
+               false});
   }
   void multiply_vectors(const EdgeTile<T>& tile, T* out, const T* a, const T* b) {
-    multiply_({{out, tile.ld, 1}, {a + tile.row * g_.ld, g_.ld, 1}, {b + tile.column * g_.ld, g_.ld, 1}, tile.rows,
-               tile.columns, g_.dims, 1.0, false});
+    multiply_({{out, tile.ld, 1},
+               {a + tile.row * g_.ld, g_.ld, 1},
+               {b + tile.column * g_.ld, g_.ld, 1},
+               tile.rows,
+               tile.columns,
+               g_.dims,
+               1.0,
+               false});
   }
   // grad += gamma x_s - beta x_w, on both sides; the last columns of the vectors make it sum the coefficients too.
   void multiply_coefficients(const EdgeTile<T>& tile) {
     const auto add = [&](const T* coefficients, bool by_column, const T* x, T* grad, double alpha) {
       const Matrix<const T> a = {coefficients, by_column ? 1 : tile.ld, by_column ? tile.ld : 1};
       const int64_t own = by_column ? tile.column : tile.row, other = by_column ? tile.row : tile.column;
-      multiply_({{grad + own * g_.ld, g_.ld, 1}, a, {x + other * g_.ld, 1, g_.ld}, by_column ? tile.columns : tile.rows,
-                 g_.ld, by_column ? tile.rows : tile.columns, alpha, true});
+      multiply_({{grad + own * g_.ld, g_.ld, 1},
+                 a,
+                 {x + other * g_.ld, 1, g_.ld},
+                 by_column ? tile.columns : tile.rows,
+                 g_.ld,
+                 by_column ? tile.rows : tile.columns,
+                 alpha,
+                 true});
     };
     add(tile.gamma, false, g_.b.x_s, g_.a.grad, 1);
     add(tile.beta, false, g_.b.x_w, g_.a.grad, -1);
@@ -245,7 +264,8 @@ void run(const Problem<T>& p, const Tuning& tuning, const Multiply<T>& multiply,
   launch_step<T, Step::losses>(p, 0, stream);
 }
 
-// ---- a selection that several processes share ------------------------------------------------------------------------
+// ---- a selection that several processes share
+// ------------------------------------------------------------------------
 
 namespace {
 
@@ -262,12 +282,12 @@ template <class T> Problem<T> selection_of(Status<T>* status, int64_t edges, int
 
 template <class T> void begin_shared_selection(Status<T>* status, int64_t edges, int64_t rank, cudaStream_t stream) {
   clear(status, 1, stream);
-  launch_step<T, Step::prepare>(selection_of(status, edges, rank, 0), 0, stream);  // without dimensions only this is left
+  launch_step<T, Step::prepare>(selection_of(status, edges, rank, 0), 0,
+                                stream);  // without dimensions only this is left
 }
 
-template <class T>
-void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank, double lerp_weight,
-                              cudaStream_t stream) {
+template <class T> void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank,
+                                                 double lerp_weight, cudaStream_t stream) {
   launch_step<T, Step::advance>(selection_of(status, edges, rank, lerp_weight), pass, stream);
 }
 
@@ -279,9 +299,8 @@ template <class T> int64_t count_entropies_bytes(const Graph<T>& graph, const Tu
   return carver.used();
 }
 
-template <class T>
-void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory, const Multiply<T>& multiply,
-                     cudaStream_t stream) {
+template <class T> void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory,
+                                        const Multiply<T>& multiply, cudaStream_t stream) {
   Problem<T> p{};
   p.graphs = 1;
   p.graph[0] = graph;
@@ -289,12 +308,12 @@ void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char
   TiledGraph<T>(p, 0, {Form::tiles, tuning.tile_edge, 0}, multiply, stream).count(pass);
 }
 
-#define VRM_INSTANTIATE(T)                                                                                             \
-  template int64_t plan(Problem<T>&, const Tuning&, char*);                                                            \
-  template void run(const Problem<T>&, const Tuning&, const Multiply<T>&, cudaStream_t);                               \
-  template void begin_shared_selection(Status<T>*, int64_t, int64_t, cudaStream_t);                                    \
-  template void advance_shared_selection(Status<T>*, int, int64_t, int64_t, double, cudaStream_t);                     \
-  template int64_t count_entropies_bytes(const Graph<T>&, const Tuning&);                                              \
+#define VRM_INSTANTIATE(T)                                                                         \
+  template int64_t plan(Problem<T>&, const Tuning&, char*);                                        \
+  template void run(const Problem<T>&, const Tuning&, const Multiply<T>&, cudaStream_t);           \
+  template void begin_shared_selection(Status<T>*, int64_t, int64_t, cudaStream_t);                \
+  template void advance_shared_selection(Status<T>*, int, int64_t, int64_t, double, cudaStream_t); \
+  template int64_t count_entropies_bytes(const Graph<T>&, const Tuning&);                          \
   template void count_entropies(const Graph<T>&, int, const Tuning&, char*, const Multiply<T>&, cudaStream_t);
 VRM_INSTANTIATE(float)
 VRM_INSTANTIATE(double)

@@ -35,7 +35,8 @@ template <class T> struct ProductArguments {
 template <class T> using Multiply = std::function<void(const ProductArguments<T>&)>;
 
 // Completes a problem: the caller has set the sizes, flags, inputs and results (softmax: the logits and sizes; factors
-// that come from it are set here). Called twice: with `memory` null for the bytes of working memory that are needed, then with them.
+// that come from it are set here). Called twice: with `memory` null for the bytes of working memory that are needed,
+// then with them.
 template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char* memory);
 
 // Computes the planned problem. Queues work on the stream and returns; never waits for it. Throws std::runtime_error
@@ -47,12 +48,11 @@ void run(const Problem<T>& problem, const Tuning& tuning, const Multiply<T>& mul
 // kCountsOfSelection<T> integers of the status are added over all, and each advances alike. `status` is zero at first.
 template <class T> constexpr int64_t kCountsOfSelection = kPasses<T> * 2 * kBins + 1;
 template <class T> void begin_shared_selection(Status<T>* status, int64_t edges, int64_t rank, cudaStream_t stream);
-template <class T>
-void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory, const Multiply<T>& multiply,
-                     cudaStream_t stream);
+template <class T> void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory,
+                                        const Multiply<T>& multiply, cudaStream_t stream);
 template <class T> int64_t count_entropies_bytes(const Graph<T>& graph, const Tuning& tuning);
-template <class T>
-void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank, double lerp_weight, cudaStream_t stream);
+template <class T> void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank,
+                                                 double lerp_weight, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace vrm

@@ -1,8 +1,8 @@
 // The pruning threshold: joint entropies, and an exact order statistic of them without a sort.
 //
-// Floats are mapped to unsigned integers of the same order and found digit by digit: each pass counts the next digit of the
-// keys that have the prefix found so far. sorted[rank] and sorted[rank + 1] are followed at once, each with a prefix
-// and a histogram of its own. Counts are integers: their sums do not depend on the order, and those of several
+// Floats are mapped to unsigned integers of the same order and found digit by digit: each pass counts the next digit of
+// the keys that have the prefix found so far. sorted[rank] and sorted[rank + 1] are followed at once, each with a
+// prefix and a histogram of its own. Counts are integers: their sums do not depend on the order, and those of several
 // processes may be added before advance() reads them.
 #pragma once
 
@@ -92,8 +92,10 @@ template <class T> struct Histogram {
           if (pass == 0 && !(x == x)) atomicAdd(&g.status->nan, 1ull);
           const uint64_t key = to_key(x), prefix = pass == 0 ? 0 : key >> (shift + bits);
           const int digit = static_cast<int>(key >> shift) & ((1 << bits) - 1);
-          if (prefix == prefix0) bin = digit;
-          else if (two && prefix == prefix1) bin = kBins + digit;
+          if (prefix == prefix0)
+            bin = digit;
+          else if (two && prefix == prefix1)
+            bin = kBins + digit;
         }
         // Neighbours mostly share their first digit: one addition for all lanes of a bin.
         const unsigned same = __match_any_sync(kFullWarp, bin);
@@ -114,8 +116,7 @@ template <class T> struct Advance {
   // Which bin holds sorted[rank], and what is left of the rank in it: every thread looks at its own bins.
   __device__ static void find(const unsigned long long* histogram, int64_t rank, int64_t* shared, int64_t* found) {
     int64_t mine = 0;
-    for (int k = 0; k < kBinsOfThread; ++k)
-      mine += static_cast<int64_t>(histogram[thread_index() * kBinsOfThread + k]);
+    for (int k = 0; k < kBinsOfThread; ++k) mine += static_cast<int64_t>(histogram[thread_index() * kBinsOfThread + k]);
     shared[thread_index()] = mine;
     __syncthreads();
     int64_t below = 0;

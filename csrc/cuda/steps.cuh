@@ -14,7 +14,8 @@ enum class Step { prepare, means, pack, entropy, histogram, advance, weigh, grad
 
 template <class T> constexpr int64_t max_shared_bytes() {
   int64_t most = (kThreads + 6) * sizeof(int64_t);  // of Advance
-  for (int64_t bytes : {Weigh<T>::kSharedBytes, Histogram<T>::kSharedBytes, static_cast<int64_t>(2 * sizeof(Square<T>))})
+  for (int64_t bytes :
+       {Weigh<T>::kSharedBytes, Histogram<T>::kSharedBytes, static_cast<int64_t>(2 * sizeof(Square<T>))})
     if (bytes > most) most = bytes;
   return most;
 }
@@ -42,8 +43,7 @@ template <class Run> __device__ __forceinline__ void share_tasks(int64_t count, 
 }
 
 // `which` is the pass of the selection, or the graph to finish.
-template <class T, Step step>
-__device__ __forceinline__ void run_step(const Problem<T>& p, int which, char* shared) {
+template <class T, Step step> __device__ __forceinline__ void run_step(const Problem<T>& p, int which, char* shared) {
   int64_t taken = 0;
   if constexpr (step == Step::prepare)
     share_tasks(SoftmaxStage<T>::tasks(p.softmax), taken, [&](int64_t t) { SoftmaxStage<T>::run(p.softmax, t); });
@@ -68,32 +68,33 @@ __device__ __forceinline__ void run_step(const Problem<T>& p, int which, char* s
       share_tasks(1, taken, [&](int64_t) { AddLosses<T>::run(g, tile, shared); });
       if (tile.dots_given) {
         if (g.need_grad)
-          share_tasks(LiteralGradient<T>::tasks(g, tile), taken, [&](int64_t t) { LiteralGradient<T>::run(g, tile, t); });
+          share_tasks(LiteralGradient<T>::tasks(g, tile), taken,
+                      [&](int64_t t) { LiteralGradient<T>::run(g, tile, t); });
       } else {
         share_tasks(Gradient<T>::tasks(g), taken, [&](int64_t t) { Gradient<T>::run(g, tile, t, shared); });
       }
     }
     // The second graph is added to what the first wrote.
     if constexpr (step == Step::finish)
-      if (k == which) share_tasks(Finish<T>::tasks(g), taken, [&](int64_t t) { Finish<T>::run(g, t, g.add_out, shared); });
+      if (k == which)
+        share_tasks(Finish<T>::tasks(g), taken, [&](int64_t t) { Finish<T>::run(g, t, g.add_out, shared); });
     if (g.keep_all) continue;
     if constexpr (step == Step::entropy)
       share_tasks(Entropy<T>::tasks(tile), taken, [&](int64_t t) { Entropy<T>::run(g, tile, t, shared); });
     if constexpr (step == Step::histogram)
       share_tasks(Histogram<T>::tasks(tile), taken, [&](int64_t t) { Histogram<T>::run(g, tile, t, which, shared); });
-    if constexpr (step == Step::advance)
-      share_tasks(1, taken, [&](int64_t) { Advance<T>::run(g, which, shared); });
+    if constexpr (step == Step::advance) share_tasks(1, taken, [&](int64_t) { Advance<T>::run(g, which, shared); });
   }
 }
 
-template <class T, Step step>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1) step_kernel(const __grid_constant__ Problem<T> p, int which) {
+template <class T, Step step> __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
+    step_kernel(const __grid_constant__ Problem<T> p, int which) {
   run_step<T, step>(p, which, shared_memory());
 }
 
 // Every step, a barrier of the whole grid between two that depend on each other. Launched cooperatively.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 1) one_launch_kernel(const __grid_constant__ Problem<T> p) {
+template <class T> __global__ void __launch_bounds__(kThreads, 1)
+    one_launch_kernel(const __grid_constant__ Problem<T> p) {
   char* shared = shared_memory();
   const auto grid = cooperative_groups::this_grid();
   run_step<T, Step::prepare>(p, 0, shared);
@@ -133,7 +134,9 @@ template <class T> int64_t step_tasks(Step step, const Problem<T>& p) {
       case Step::entropy: count += Entropy<T>::tasks(tile); break;
       case Step::histogram: count += Histogram<T>::tasks(tile); break;
       case Step::weigh: count += Weigh<T>::tasks(tile); break;
-      case Step::gradient: count += 1 + (tile.dots_given ? LiteralGradient<T>::tasks(g, tile) : Gradient<T>::tasks(g)); break;
+      case Step::gradient:
+        count += 1 + (tile.dots_given ? LiteralGradient<T>::tasks(g, tile) : Gradient<T>::tasks(g));
+        break;
       case Step::finish: count += Finish<T>::tasks(g); break;
       case Step::advance:
       case Step::losses: count += 1; break;

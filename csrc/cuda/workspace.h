@@ -40,7 +40,8 @@ template <class T> inline bool stores_entropies(const Graph<T>& g, const Tuning&
 }
 
 // The arrays of the tiles of a graph; `whole`: one tile has all its edges.
-template <class T> void carve_tile(Carver& carver, const Graph<T>& g, EdgeTile<T>& tile, const Tuning& tuning, bool whole) {
+template <class T>
+void carve_tile(Carver& carver, const Graph<T>& g, EdgeTile<T>& tile, const Tuning& tuning, bool whole) {
   const int64_t edge = whole ? std::max(g.rows, g.columns) : tile_edge<T>(tuning);
   tile = EdgeTile<T>{};
   tile.rows = std::min(g.rows, edge);

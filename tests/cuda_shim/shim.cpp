@@ -1,7 +1,7 @@
 // The emulation behind cuda_runtime.h of this folder: fibres, barriers, and the checks of every access to memory.
 //
-// One launch runs at a time, all of it on the launching thread. Finding a fault ends the launch: cuda_shim's callers get
-// std::runtime_error from run_grid, with the kernel, block and thread in it.
+// One launch runs at a time, all of it on the launching thread. Finding a fault ends the launch: cuda_shim's callers
+// get std::runtime_error from run_grid, with the kernel, block and thread in it.
 
 #include "cuda_runtime.h"
 
@@ -36,16 +36,26 @@ struct Stamp {
   uint32_t block_time = 0, warp_time = 0;
 };
 
-struct Word {  // of memory: 4 bytes
+struct Word {  // the last accesses to 4 bytes
   Stamp write, read;
-  bool atomic = false, many_read = false, written = false;
+  bool atomic = false, many_read = false;
 };
 
 struct Buffer {
-  const char* begin;
-  const char* end;
-  bool scratch;
-  std::vector<Word> words;
+  const char *begin = nullptr, *end = nullptr;
+  Access access = Access::scratch;
+  std::vector<char> written;                   // a word each
+  std::vector<std::unique_ptr<Word[]>> pages;  // made when first touched: most words of most arrays never are
+
+  static constexpr int64_t kPage = 256;
+  Buffer() = default;
+  Buffer(const char* begin, const char* end, Access access)
+      : begin(begin), end(end), access(access), written((end - begin + 3) / 4), pages(written.size() / kPage + 1) {}
+  Word& word(int64_t k) {
+    auto& page = pages[k / kPage];
+    if (!page) page = std::make_unique<Word[]>(kPage);
+    return page[k % kPage];
+  }
 };
 
 struct Fibre {
@@ -71,8 +81,10 @@ struct Block {
 
 std::recursive_mutex one_at_a_time;
 std::vector<std::unique_ptr<Buffer>> buffers;
+Buffer* last_buffer = nullptr;
 uint32_t grid_time = 0;
 uint64_t order_seed = 0;
+bool checking = true;
 int64_t launches = 0, fibres_run = 0;
 std::vector<std::string> kernels_run;
 
@@ -94,8 +106,8 @@ void leave(State state) {
 }
 
 [[noreturn]] void fail(const std::string& what) {
-  fault = what + " in block " + std::to_string(current->block) + ", thread " + std::to_string(current->thread) + " of " +
-          kernel_name;
+  fault = what + " in block " + std::to_string(current->block) + ", thread " + std::to_string(current->thread) +
+          " of " + kernel_name;
   leave(State::done);
   __builtin_unreachable();
 }
@@ -115,11 +127,13 @@ bool races(const Stamp& earlier, const Stamp& later) {
 Buffer* buffer_at(const char* address) {
   Buffer& shared = blocks[current->block].shared;
   if (address >= shared.begin && address < shared.end) return &shared;
+  if (last_buffer != nullptr && address >= last_buffer->begin && address < last_buffer->end) return last_buffer;
   auto it = std::upper_bound(buffers.begin(), buffers.end(), address,
                              [](const char* a, const std::unique_ptr<Buffer>& b) { return a < b->begin; });
   if (it == buffers.begin()) return nullptr;
   Buffer* buffer = std::prev(it)->get();
-  return address < buffer->end ? buffer : nullptr;
+  if (address >= buffer->end) return nullptr;
+  return last_buffer = buffer;
 }
 
 std::string describe(const Buffer& buffer, const char* address) {
@@ -131,28 +145,29 @@ std::string describe(const Buffer& buffer, const char* address) {
 enum class Kind { read, write, atomic };
 
 void check_access(const void* at, int64_t bytes, Kind kind) {
-  if (current == nullptr || !fault.empty()) return;
+  if (current == nullptr || !checking || !fault.empty()) return;
   const char* address = static_cast<const char*>(at);
   if (address >= current->stack && address < current->stack + kStackBytes) return;
   for (const dim3* built_in : {&threadIdx, &blockIdx, &blockDim, &gridDim})
-    if (address >= reinterpret_cast<const char*>(built_in) && address < reinterpret_cast<const char*>(built_in + 1)) return;
+    if (address >= reinterpret_cast<const char*>(built_in) && address < reinterpret_cast<const char*>(built_in + 1))
+      return;
   Buffer* buffer = buffer_at(address);
   if (buffer == nullptr || address + bytes > buffer->end)
-    fail(std::string(kind == Kind::read ? "read" : "write") + " of " + std::to_string(bytes) + " bytes outside of every array" +
-         (buffer == nullptr ? "" : ": " + describe(*buffer, address)));
+    fail(std::string(kind == Kind::read ? "read" : "write") + " of " + std::to_string(bytes) +
+         " bytes outside of every array" + (buffer == nullptr ? "" : ": " + describe(*buffer, address)));
   const Stamp stamp = now();
   const int64_t first = (address - buffer->begin) / 4, last = (address + bytes - 1 - buffer->begin) / 4;
   for (int64_t k = first; k <= last; ++k) {
-    Word& word = buffer->words[k];
-    if (buffer->scratch && !word.written && kind != Kind::write)
+    Word& word = buffer->word(k);
+    if (buffer->access != Access::initialised && !buffer->written[k] && kind != Kind::write)
       fail("read of memory that nothing has written, " + describe(*buffer, address));
     if (!(kind == Kind::atomic && word.atomic) && races(word.write, stamp))
       fail(std::string("race: ") + (kind == Kind::read ? "read" : "write") + " after another thread's write, " +
            describe(*buffer, address));
     if (kind == Kind::read) {
-      word.many_read = races(word.read, stamp) || (word.many_read && word.read.grid_time == stamp.grid_time &&
-                                                   word.read.block == stamp.block && word.read.block_time == stamp.block_time &&
-                                                   word.read.warp_time == stamp.warp_time);
+      word.many_read = races(word.read, stamp) ||
+                       (word.many_read && word.read.grid_time == stamp.grid_time && word.read.block == stamp.block &&
+                        word.read.block_time == stamp.block_time && word.read.warp_time == stamp.warp_time);
       word.read = stamp;
       continue;
     }
@@ -163,7 +178,7 @@ void check_access(const void* at, int64_t bytes, Kind kind) {
       fail("race: write after another thread's read, " + describe(*buffer, address));
     word.write = stamp;
     word.atomic = kind == Kind::atomic;
-    word.written = true;
+    buffer->written[k] = 1;
   }
 }
 
@@ -198,7 +213,8 @@ std::string name_of(const void* kernel) {
   Dl_info info;
   if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "a kernel without a name";
   int status = 0;
-  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
+  const std::unique_ptr<char, void (*)(void*)> name(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status),
+                                                    std::free);
   return status == 0 ? name.get() : info.dli_sname;
 }
 
@@ -233,9 +249,9 @@ void run_fibres(size_t n, size_t block_size) {
     const Fibre *first = &fibres[0], *other = first;  // stuck: name two that wait for different things
     for (const Fibre& fibre : fibres)
       if (fibre.state != first->state) other = &fibre;
-    fault = std::string("deadlock: thread ") + std::to_string(first->thread) + " of block " + std::to_string(first->block) +
-            " is " + where(first->state) + ", thread " + std::to_string(other->thread) + " of block " +
-            std::to_string(other->block) + " " + where(other->state) + ", in " + kernel_name;
+    fault = std::string("deadlock: thread ") + std::to_string(first->thread) + " of block " +
+            std::to_string(first->block) + " is " + where(first->state) + ", thread " + std::to_string(other->thread) +
+            " of block " + std::to_string(other->block) + " " + where(other->state) + ", in " + kernel_name;
     return;
   }
 }
@@ -275,12 +291,14 @@ void note_atomic(const void* address, int bytes) { check_access(address, bytes, 
 
 void expect_buffer(const void* address, int64_t bytes, Access access) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
-  const char* begin = static_cast<const char*>(address);
-  buffers.erase(std::remove_if(buffers.begin(), buffers.end(),
-                               [&](const auto& b) { return b->begin < begin + bytes && begin < b->end; }),
-                buffers.end());
-  auto buffer = std::make_unique<Buffer>(Buffer{begin, begin + bytes, access == Access::scratch, {}});
-  buffer->words.resize((bytes + 3) / 4);
+  const char *begin = static_cast<const char*>(address), *end = begin + bytes;
+  const auto overlaps = [&](const auto& b) { return b->begin < end && begin < b->end; };
+  if (access == Access::initialised)  // two inputs may be views of one tensor
+    for (const auto& b : buffers)
+      if (overlaps(b) && b->access == access) begin = std::min(begin, b->begin), end = std::max(end, b->end);
+  buffers.erase(std::remove_if(buffers.begin(), buffers.end(), overlaps), buffers.end());
+  auto buffer = std::make_unique<Buffer>(begin, end, access);
+  last_buffer = nullptr;
   buffers.insert(std::upper_bound(buffers.begin(), buffers.end(), begin,
                                   [](const char* a, const auto& b) { return a < b->begin; }),
                  std::move(buffer));
@@ -289,14 +307,22 @@ void expect_buffer(const void* address, int64_t bytes, Access access) {
 void note_written(const void* address, int64_t bytes) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
   const char* begin = static_cast<const char*>(address);
-  for (auto& buffer : buffers)
-    for (const char* p = std::max(begin, buffer->begin); p < std::min(begin + bytes, buffer->end); p += 4)
-      buffer->words[(p - buffer->begin) / 4].written = true;
+  for (auto& buffer : buffers) {
+    const char *from = std::max(begin, buffer->begin), *to = std::min(begin + bytes, buffer->end);
+    if (from < to)
+      std::fill(buffer->written.begin() + (from - buffer->begin) / 4, buffer->written.begin() + (to - buffer->begin + 3) / 4, 1);
+  }
 }
 
 void forget_buffers() {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
+  int64_t missing = 0;
+  for (const auto& buffer : buffers)
+    if (checking && buffer->access == Access::output) missing += std::count(buffer->written.begin(), buffer->written.end(), 0);
   buffers.clear();
+  last_buffer = nullptr;
+  if (missing > 0)
+    throw std::runtime_error("cuda_shim: " + std::to_string(missing) + " words of the outputs were not written");
 }
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entry run, const void* context,
@@ -316,13 +342,13 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entr
   for (unsigned b = 0; b < grid.x; b += static_cast<unsigned>(at_once)) first_blocks.push_back(b);
   std::mt19937_64 random(order_seed + 1);
   if (order_seed != 0) std::shuffle(first_blocks.begin(), first_blocks.end(), random);
-  blocks.assign(grid.x, Block{});
+  blocks.clear();
+  blocks.resize(grid.x);
   for (unsigned first : first_blocks) {
     for (unsigned b = first; b < first + at_once; ++b) {
       Block& state = blocks[b];
       state.memory.assign(shared_bytes + 64, static_cast<char>(0xff));  // not a number
-      state.shared = Buffer{state.memory.data(), state.memory.data() + shared_bytes, true, {}};
-      state.shared.words.resize((shared_bytes + 3) / 4);
+      state.shared = Buffer(state.memory.data(), state.memory.data() + shared_bytes, Access::scratch);
     }
     fibres.assign(at_once * threads, Fibre{});
     warps.assign(at_once * threads / 32, Warp{});
@@ -340,6 +366,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entr
     if (!fault.empty()) break;
   }
   if (fault.empty()) return;
+  buffers.clear();
+  last_buffer = nullptr;
   const std::string what = std::exchange(fault, std::string());
   throw std::runtime_error("cuda_shim: " + what);
 }
@@ -349,10 +377,10 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entr
 // ---- what the compiler calls before every access of a kernel (-fsanitize=thread) -----------------------------------
 
 extern "C" {
-#define VRM_HOOK(bytes)                                                                                             \
-  void __tsan_read##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::read); }                            \
-  void __tsan_write##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::write); }                          \
-  void __tsan_unaligned_read##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::read); }                  \
+#define VRM_HOOK(bytes)                                                                            \
+  void __tsan_read##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::read); }           \
+  void __tsan_write##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::write); }         \
+  void __tsan_unaligned_read##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::read); } \
   void __tsan_unaligned_write##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::write); }
 VRM_HOOK(1)
 VRM_HOOK(2)
@@ -369,6 +397,8 @@ void __tsan_vptr_read(void**) {}
 
 // For the tests, through ctypes.
 void cuda_shim_set_order(uint64_t seed) { shim::order_seed = seed; }
+// Without the checks of every access the emulation is three times as fast.
+void cuda_shim_set_checks(int on) { shim::checking = on != 0; }
 int64_t cuda_shim_launches() { return shim::launches; }
 void cuda_shim_forget_kernels() { shim::kernels_run.clear(); }
 // Their names, a line each, into `out`; returns how many bytes that takes.

@@ -1,10 +1,10 @@
 // CUDA's dialect on the host, for the tests: as much of it as the kernels of csrc/cuda use, and no more.
 //
 // Every CUDA thread is a fibre; a block's fibres, or a whole grid's where the launch is cooperative, take turns on one
-// thread of the host, switching at barriers and warp operations. The kernels are compiled with -fsanitize=thread but not linked
-// with its library: the calls that the compiler puts before every access to memory come to shim.cpp, which checks that
-// the access lies in a buffer, that what is read was written, and that no two threads touch the same word, one of them
-// writing, without a barrier between.
+// thread of the host, switching at barriers and warp operations. The kernels are compiled with -fsanitize=thread but
+// not linked with its library: the calls that the compiler puts before every access to memory come to shim.cpp, which
+// checks that the access lies in a buffer, that what is read was written, and that no two threads touch the same word,
+// one of them writing, without a barrier between.
 #pragma once
 
 #define VRM_CUDA_SHIM 1
@@ -37,7 +37,8 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fibre
 
 namespace shim {
 
-enum class Access { scratch, initialised };  // scratch: must be written before it is read
+// Scratch must be written before it is read, and so must an output, of which every element must be written at the end.
+enum class Access { scratch, output, initialised };
 
 void sync_block();
 void sync_grid();
@@ -47,7 +48,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value);
 char* shared_memory();
 void note_atomic(const void* address, int bytes);
 
-// The kernels may touch these bytes until the outermost Launches ends, and with `written` they count as initialised.
+// The kernels may touch these bytes until forget_buffers(), which throws if part of an output was not written.
 void expect_buffer(const void* address, int64_t bytes, Access access);
 void note_written(const void* address, int64_t bytes);
 void forget_buffers();
@@ -109,7 +110,8 @@ inline float __uint_as_float(unsigned x) { return shim::from_bits<float>(x); }
 inline long long __double_as_longlong(double x) { return static_cast<long long>(shim::to_bits(x)); }
 inline double __longlong_as_double(long long x) { return shim::from_bits<double>(static_cast<uint64_t>(x)); }
 
-// ---- the runtime -----------------------------------------------------------------------------------------------------
+// ---- the runtime
+// -----------------------------------------------------------------------------------------------------
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativeLaunch = 95 };
@@ -140,8 +142,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
   *value = which == cudaDevAttrMultiProcessorCount ? kShimMultiprocessors : 1;
   return cudaSuccess;
 }
-template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = kShimResidentBlocks, cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
@@ -149,15 +150,17 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
   shim::note_written(address, static_cast<int64_t>(bytes));
   return cudaSuccess;
 }
-template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+template <class... Parameters, class... Arguments> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
+                                                                                  void (*kernel)(Parameters...),
+                                                                                  Arguments&&... arguments) {
   if (config->gridDim.x == 0 || config->blockDim.x % 32 != 0) return cudaErrorInvalidValue;
   const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative != 0;
   if (cooperative && config->gridDim.x > kShimMultiprocessors * kShimResidentBlocks)
     return cudaErrorCooperativeLaunchTooLarge;
   const auto call = [&]() VRM_UNCHECKED { kernel(arguments...); };  // copies the parameters onto each fibre's stack
-  shim::run_grid(config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative,
-                 [](const void* context) VRM_UNCHECKED { (*static_cast<const decltype(call)*>(context))(); }, &call,
-                 reinterpret_cast<const void*>(kernel));
+  shim::run_grid(
+      config->gridDim, config->blockDim, config->dynamicSmemBytes, cooperative,
+      [](const void* context) VRM_UNCHECKED { (*static_cast<const decltype(call)*>(context))(); }, &call,
+      reinterpret_cast<const void*>(kernel));
   return cudaSuccess;
 }
