@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import matplotlib
-
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 

@@ -9,6 +9,7 @@ import torch
 from cuda_resources import ROOT
 from torch.utils import cpp_extension
 
+import vrm_kernels
 from vrm_kernels import backends, extension
 
 sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
@@ -140,6 +141,7 @@ def test_describe_says_why_it_is_missing():
 
 def test_a_missing_report_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "vrm_kernels._cuda_report", None)
+    monkeypatch.delattr(vrm_kernels, "_cuda_report", raising=False)
     extension._load_cuda.cache_clear()
     try:
         usable, note = extension.cuda_status()

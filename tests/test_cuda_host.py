@@ -15,15 +15,13 @@ import torch
 from cuda_resources import STEPS
 from helpers import FLOOR, MODES, NEAR_CONVERGENCE_FLOOR, Case, assert_parity, evaluate, inputs, make_logits
 from test_mask import (  # noqa: F401
-    test_flips_at_the_threshold_are_bounded,
     test_kept_counts_are_the_references_in_every_dtype,
     test_percentiles_next_to_the_ends,
     test_the_kept_edges_are_the_references_one_by_one,
 )
-from test_nan import test_no_finite_tensor_at_all, test_relation_loss_too  # noqa: F401
+from test_nan import BAD, poisoned, test_no_finite_tensor_at_all  # noqa: F401
 from test_operators import (  # noqa: F401
     test_opcheck_on_strided_logits,
-    test_opcheck_relation_graph,
     test_opcheck_vrm_graphs_of_one_row_or_column,
     test_the_operator_is_what_eager_mode_computes,
     test_without_gradients_none_are_computed,
@@ -54,6 +52,7 @@ from test_parity_settings import (  # noqa: F401
 )
 
 from vrm_kernels import backends, pruning
+from vrm_kernels.backends import reference
 
 # Tiles as small as they get, so that small graphs have many, and border on every side.
 FORMS = {
@@ -84,15 +83,42 @@ def set_form(monkeypatch, form):
     monkeypatch.setattr(native_cuda, "TUNING", native_cuda.Tuning(*FORMS[form]))
 
 
-@pytest.fixture(params=["one_launch", "tiles"])
-def backend(host, monkeypatch, request):
-    """For the imported tests. One form goes unchecked there, to save minutes: the tests below check all of them."""
+# Of the imported tests, those about what the forms have in common run in the faster one alone.
+IN_ONE_FORM = {
+    "test_parity_over_percentiles",
+    "test_parity_over_layouts",
+    "test_mixed_dtypes_compute_in_what_they_promote_to",
+    "test_inputs_are_left_as_they_were",
+    "test_opcheck_on_strided_logits",
+    "test_opcheck_vrm_graphs_of_one_row_or_column",
+    "test_the_operator_is_what_eager_mode_computes",
+    "test_without_gradients_none_are_computed",
+    "test_kept_counts_are_the_references_in_every_dtype",
+}
+
+
+def pytest_generate_tests(metafunc):
+    """The imported tests take their fixture ``backend`` or ``any_backend`` from here."""
+    forms = ["tiles"] if metafunc.function.__name__ in IN_ONE_FORM else ["tiles", "one_launch"]
+    for name in {"backend", "any_backend"} & set(metafunc.fixturenames):
+        metafunc.parametrize(name, forms, indirect=True)
+
+
+def _backend_in_form(host, monkeypatch, request):
+    """One form goes unchecked here, to save minutes: the tests below check all of them."""
     set_form(monkeypatch, request.param)
     host.cuda_shim_set_checks(request.param == "tiles")
     return cuda_host.NAME
 
 
-any_backend = backend
+@pytest.fixture
+def backend(host, monkeypatch, request):
+    return _backend_in_form(host, monkeypatch, request)
+
+
+@pytest.fixture
+def any_backend(host, monkeypatch, request):
+    return _backend_in_form(host, monkeypatch, request)
 
 
 # ---- shapes, forms and kernels ---------------------------------------------------------------------------------------
@@ -159,6 +185,36 @@ def test_every_kernel_is_run(host, monkeypatch):
         for k, step in enumerate(STEPS):
             assert any(f"step_kernel<{scalar}, (vrm::cuda::Step){k}>" in name for name in names), (step, scalar, names)
         assert any(f"one_launch_kernel<{scalar}>" in name for name in names)
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", [0.0, 100.0])
+@pytest.mark.parametrize("form", ["one_launch", "tiles"])
+def test_one_element_poisons_loss_and_gradients(host, monkeypatch, form, percentile, relations):
+    """At percentile 0 one edge is kept in each graph: nearly every element has all its edges pruned."""
+    set_form(monkeypatch, form)
+    logits = make_logits(Case((4, 3)), torch.float32, seed=0)
+    settings = {"unreliable_pruning_percentile": percentile, "relations": relations}
+    assert evaluate(cuda_host.NAME, logits, **settings).loss.isfinite()
+    for tensor, (value, index) in itertools.product(range(4), zip(BAD, (0, 5, 11), strict=True)):
+        result = evaluate(cuda_host.NAME, poisoned(logits, tensor, index, value), **settings)
+        assert result.loss.isnan() and all(grad.isnan().all() for grad in result.grads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_sides_of_one_vertex_set_get_their_gradients(host, monkeypatch, form):
+    """The contract's exclude_self: one set on both sides, whose two gradients the caller adds."""
+    set_form(monkeypatch, form)
+    x, teacher = torch.randn(2, 35, 6, dtype=torch.float64)
+    probs = torch.randn(35, 4, dtype=torch.float64).softmax(1)
+    sides = [x.clone().requires_grad_() for _ in range(2)]
+    expected, kept = reference.relation_graph(*sides, teacher, teacher, (probs, probs), 30.0, 1.0, True)
+    module = backends.REGISTRY[cuda_host.NAME].load()
+    loss, count, *grads = module.relation_graph(x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True, True)
+    assert int(count) == int(kept)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, sides), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
 
 
 # ---- order, races, the same bits -------------------------------------------------------------------------------------

@@ -310,7 +310,8 @@ void note_written(const void* address, int64_t bytes) {
   for (auto& buffer : buffers) {
     const char *from = std::max(begin, buffer->begin), *to = std::min(begin + bytes, buffer->end);
     if (from < to)
-      std::fill(buffer->written.begin() + (from - buffer->begin) / 4, buffer->written.begin() + (to - buffer->begin + 3) / 4, 1);
+      std::fill(buffer->written.begin() + (from - buffer->begin) / 4,
+                buffer->written.begin() + (to - buffer->begin + 3) / 4, 1);
   }
 }
 
@@ -318,7 +319,8 @@ void forget_buffers() {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
   int64_t missing = 0;
   for (const auto& buffer : buffers)
-    if (checking && buffer->access == Access::output) missing += std::count(buffer->written.begin(), buffer->written.end(), 0);
+    if (checking && buffer->access == Access::output)
+      missing += std::count(buffer->written.begin(), buffer->written.end(), 0);
   buffers.clear();
   last_buffer = nullptr;
   if (missing > 0)
