@@ -124,7 +124,7 @@ def any_backend(host, monkeypatch, request):
 
 # ---- shapes, forms and kernels ---------------------------------------------------------------------------------------
 
-SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (32, 32), (33, 17), (64, 40), (40, 100)]
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (33, 17), (20, 66)]
 
 
 @FLOATS
@@ -140,7 +140,7 @@ def test_parity_over_shapes_in_every_form(host, monkeypatch, form, shape, relati
 @pytest.mark.parametrize(
     "case",
     [
-        Case((65, 34), percentile=100.0, relations="complete", seed=10),
+        Case((33, 17), percentile=100.0, relations="complete", seed=10),
         Case((20, 70), kind="opposite", seed=30),
         Case((70, 20), kind="converged:1e-2", percentile=50.0, seed=40),
         Case((41, 23), kind="collapsed", percentile=100.0),
