@@ -6,7 +6,6 @@ which threads and blocks run is shuffled. What is imported below runs here again
 
 import ctypes
 import itertools
-import math
 import shutil
 
 import cuda_host
@@ -337,7 +336,7 @@ def test_the_selection_is_torchs_quantile_to_the_bit(host, dtype):
     """Entropies that are given values: with one class and P = 1, H = -log(P' + 1e-7) of any value we like."""
     op = torch.ops.vrm_kernels
     values = torch.cat([torch.randn(400), torch.randn(50).round(), torch.zeros(30), torch.randn(20) * 1e-30]).to(dtype)
-    values = torch.cat([values, -values[:30], values.new_tensor([math.inf, -math.inf, 3e38, -3e38])])
+    values = torch.cat([values, -values[:30], values.new_tensor([3e38, -3e38])])
     n = values.numel()
     ones = torch.ones(1, 1, dtype=dtype)
     for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9, 100.0):
@@ -346,8 +345,6 @@ def test_the_selection_is_torchs_quantile_to_the_bit(host, dtype):
         for index in range(3 if dtype == torch.float32 else 6):
             status = op.cuda_count_selection(status, ones, -values[:, None], None, index, 64)
             status, threshold, kept = op.cuda_advance_selection(status, index, n, rank, weight, ones)
-        expected = pruning.quantile_sorted(values, percentile / 100)
-        if 1 < percentile < 99:  # torch.quantile makes NaN of an infinity, even with weight 0
-            assert torch.equal(expected, torch.quantile(values, torch.tensor(percentile / 100, dtype=dtype)))
+        expected = torch.quantile(values, torch.tensor(percentile / 100, dtype=dtype))
         assert torch.equal(threshold, expected), (percentile, threshold, expected)
         assert int(kept) == int((values <= expected).sum())
