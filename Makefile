@@ -59,4 +59,4 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) build *.egg-info vrm_kernels/_C*.so vrm_kernels/_build_report.py
+	rm -rf $(VENV) build *.egg-info vrm_kernels/_[Cc]*.so vrm_kernels/_build_report.py vrm_kernels/_cuda_report.py

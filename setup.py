@@ -9,7 +9,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 REPORT = ROOT / "vrm_kernels" / "_build_report.py"
-SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp"))
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp") if p.parent.name != "cuda")
 HEADERS = sorted(
     str(p.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for p in (ROOT / "csrc").glob(f"**/{pattern}")
 )
@@ -61,7 +61,16 @@ def extension():
         )
         return [], {}
 
+    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+    import cuda_build
+
     class Build(BuildExtension):
+        def build_extension(self, ext):
+            if ext.name.endswith("._cuda"):
+                cuda_build.attempt(super().build_extension, ext, self.build_lib)
+            else:
+                super().build_extension(ext)
+
         def run(self):
             try:
                 super().run()
@@ -79,7 +88,7 @@ def extension():
 
     module = CppExtension("vrm_kernels._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS})
     report("")
-    return [module], {"build_ext": Build}
+    return [module, *cuda_build.extensions()], {"build_ext": Build}
 
 
 modules, commands = extension()

@@ -19,6 +19,8 @@
 
 #if defined(__CUDACC__)
 #define VRM_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define VRM_HOST_DEVICE __forceinline
 #else
 #define VRM_HOST_DEVICE inline __attribute__((always_inline))
 #endif
@@ -92,5 +94,14 @@ VRM_HOST_DEVICE auto quadratic_edge(const EdgeInput<V>& x, const EdgeRule<T>& ru
   return EdgeTerms<V, decltype(sound & certified)>{
       loss, beta, u * u * (v * (gap + (rule.eps_s - rule.eps_t) + chord * inverse_ns) + r), usable == 0};
 }
+
+// An edge literally, component by component: huber(x) = h (x - h / 2) of x = e_S - e_T, with h = huber'(x) = x clamped to
+// [-delta, delta].
+template <class V> VRM_HOST_DEVICE V huber_slope(V x, V delta) { return x > delta ? delta : x < -delta ? -delta : x; }
+template <class V, class T = V> VRM_HOST_DEVICE V huber(V x, V h) { return h * (x - h * static_cast<T>(0.5)); }
+
+// d loss/dd_S = h / (n + eps) - radial d_S, because de/dd = I / (n + eps) - d d^T / (n (n + eps)^2), and I / eps at d = 0,
+// as torch differentiates a norm there. `along` is the sum of h d_S, `end` is n + eps.
+template <class T> VRM_HOST_DEVICE T radial_slope(T along, T n, T end) { return n > 0 ? along / (n * end) / end : T(0); }
 
 }  // namespace vrm

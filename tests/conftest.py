@@ -35,7 +35,7 @@ def backend(request) -> str:
     return _usable(request.param)
 
 
-@pytest.fixture(params=ALL_BACKENDS)
+@pytest.fixture(params=["reference", *BACKENDS])
 def any_backend(request) -> str:
     return _usable(request.param)
 

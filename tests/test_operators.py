@@ -16,13 +16,15 @@ CPP = {
     "cpu_count_digits",
     "cpu_relation_share",
 }
+CUDA = {"cuda_vrm_graphs", "cuda_relation_graph", "cuda_relation_edges"}
+CUDA |= {f"cuda_{verb}_selection" for verb in ("begin", "count", "advance")}
 
 
 def test_every_operator_is_checked_here(any_backend):
     VF.relation_loss(*make_logits(Case((4, 3)), torch.float32, 0), backend=any_backend)  # loads what registers late
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vrm_kernels::")}
     assert {f"vrm_kernels::{name}" for name in PUBLIC} <= registered
-    assert registered <= {f"vrm_kernels::{name}" for name in PUBLIC | CPP}
+    assert registered <= {f"vrm_kernels::{name}" for name in PUBLIC | CPP | CUDA}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

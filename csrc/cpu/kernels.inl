@@ -593,24 +593,21 @@ template <class T> double literal_edge(const Graph<T>& g, int64_t i, int64_t j, 
   }
   const T ns = __builtin_sqrt(student), nt = __builtin_sqrt(teacher);
   const Vec<T> se = splat<T>(ns + g.rule.eps_s), te = splat<T>(nt + g.rule.eps_t), high = splat<T>(g.rule.delta);
-  // huber(x) = h (x - h / 2), h = huber'(x) = x clamped to [-delta, delta].
   const auto residual = [&](int64_t k) { return load(ds + k) / se - load(dt + k) / te; };
-  const auto clamp = [&](Vec<T> x) { return x > high ? high : x < -high ? -high : x; };
   Vec<T> loss{}, along{};
   for (int64_t k = 0; k < padded; k += lanes) {
-    const Vec<T> x = residual(k), h = clamp(x);
-    loss += h * (x - h * T(0.5));
+    const Vec<T> x = residual(k), h = huber_slope(x, high);
+    loss += huber<Vec<T>, T>(x, h);
     along += h * load(ds + k);
   }
   if (g.need_grad) {
-    // de/dd = I / (n + eps) - d d^T / (n (n + eps)^2), and I / eps at d = 0, as torch differentiates a norm there
-    const T radial = ns > 0 ? horizontal_sum<T>(along) / (ns * (ns + g.rule.eps_s)) / (ns + g.rule.eps_s) : T(0);
+    const T radial = radial_slope(horizontal_sum<T>(along), ns, ns + g.rule.eps_s);
     const Vec<T> scale = splat<T>(static_cast<T>(g.scale));
     for (int64_t c = 0; c < g.chunks.count; ++c) {
       const int64_t width = g.chunks.width_of(c), k0 = g.chunks.begin(c);
       T *ga = g.a.grads(g.chunks, c, i), *gb = g.b.grads(g.chunks, c, j);
       for (int64_t k = 0; k < width; k += lanes) {
-        const Vec<T> h = clamp(residual(k0 + k));
+        const Vec<T> h = huber_slope(residual(k0 + k), high);
         const Vec<T> step = scale * (h / se - load(ds + k0 + k) * splat<T>(radial));
         store(ga + k, load(ga + k) + step);
         store(gb + k, load(gb + k) - step);

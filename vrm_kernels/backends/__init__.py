@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 # "auto" takes the first of these that runs on the tensors' device.
-AUTO_ORDER = ("cpp", "triton", "torch")
+AUTO_ORDER = ("cpp", "triton", "cuda", "torch")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ def _interpreter_devices() -> tuple[str, ...]:
     return ("cpu",) if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes") else ()
 
 
+def _cuda_status() -> tuple[bool, str]:
+    from vrm_kernels import extension
+
+    return extension.cuda_status()
+
+
 REGISTRY = {
     backend.name: backend
     for backend in (
@@ -98,6 +104,7 @@ REGISTRY = {
             interpreted=_interpreter_devices(),
             shares=False,
         ),
+        Backend("cuda", "vrm_kernels.backends.native_cuda", ("cuda",), _ALL_DTYPES, _cuda_status, shares=False),
     )
 }
 

@@ -1,0 +1,98 @@
+// What the stages share: sums over a warp and a block, loading a tile through shared memory, products of small tiles.
+#pragma once
+
+#include "graph.h"
+
+#include <cuda_runtime.h>
+
+namespace vrm {
+namespace cuda {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+struct SquareRoot {
+  template <class T> VRM_HOST_DEVICE T operator()(T x) const { return sqrt(x); }
+};
+
+__device__ __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }
+
+// In one fixed order, the result in every lane.
+template <class V> __device__ __forceinline__ V warp_sum(V x) {
+#pragma unroll
+  for (int k = 16; k > 0; k >>= 1) x += __shfl_xor_sync(kFullWarp, x, k);
+  return x;
+}
+template <class V> __device__ __forceinline__ V warp_max(V x) {
+#pragma unroll
+  for (int k = 16; k > 0; k >>= 1) {
+    const V other = __shfl_xor_sync(kFullWarp, x, k);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// In every thread. `room` holds kWarps values and is free again when the call returns.
+template <class V> __device__ __forceinline__ V block_sum(V x, V* room) {
+  x = warp_sum(x);
+  if (lane_index() == 0) room[warp_index()] = x;
+  __syncthreads();
+  V total = room[0];
+#pragma unroll
+  for (int k = 1; k < kWarps; ++k) total += room[k];
+  __syncthreads();
+  return total;
+}
+
+// A square of 32 x 32 elements in shared memory; the odd row length keeps both ways of walking it free of conflicts.
+template <class T> struct Square {
+  T x[kTile][kTile + 1];
+};
+
+// square[v][k] = get(v, k) for the valid ones, else 0. Lanes run along the dimensions or along the vertices, whichever
+// is contiguous in memory. The caller synchronises.
+template <class T, class Get> __device__ __forceinline__ void load_square(Square<T>& square, bool along_dims,
+                                                                          int64_t vertices, int64_t dims,
+                                                                          const Get& get) {
+#pragma unroll
+  for (int r = 0; r < kTile / kWarps; ++r) {
+    const int slow = warp_index() + r * kWarps, fast = lane_index();
+    const int v = along_dims ? slow : fast, k = along_dims ? fast : slow;
+    square.x[v][k] = v < vertices && k < dims ? get(v, k) : T(0);
+  }
+}
+
+// One side's piece of a product: kDepth steps of 32 vertices, element (k, v) at x[k][v].
+constexpr int kDepth = 16;
+template <class T> struct Strip {
+  T x[kDepth][kTile + 1];
+};
+
+// strip[k][v] = get(v, k) for v < vertices, k < depth, else 0.
+template <class T, class Get> __device__ __forceinline__ void load_strip(Strip<T>& strip, bool along_depth,
+                                                                         int64_t vertices, int64_t depth,
+                                                                         const Get& get) {
+#pragma unroll
+  for (int r = 0; r < kDepth * kTile / kThreads; ++r) {
+    const int e = thread_index() + r * kThreads;
+    const int v = along_depth ? e / kDepth : e % kTile, k = along_depth ? e % kDepth : e / kTile;
+    strip.x[k][v] = v < vertices && k < depth ? get(v, k) : T(0);
+  }
+}
+
+// A thread owns the elements (4 warp + r, lane) of a 32 x 32 tile of results, r = 0 ... 3.
+constexpr int kOwn = kTile / kWarps;
+template <class T>
+__device__ __forceinline__ void multiply_strips(const Strip<T>& a, const Strip<T>& b, T (&sum)[kOwn]) {
+  const int i = warp_index() * kOwn, j = lane_index();
+#pragma unroll
+  for (int k = 0; k < kDepth; ++k) {
+    const T y = b.x[k][j];
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r) sum[r] += a.x[k][i + r] * y;
+  }
+}
+
+}  // namespace cuda
+}  // namespace vrm

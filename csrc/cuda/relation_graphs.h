@@ -1,0 +1,58 @@
+// What the binding calls: the loss, the kept counts and the gradients of one or two relation graphs, on one stream.
+#pragma once
+
+#include "graph.h"
+
+#include <cuda_runtime_api.h>
+
+#include <functional>
+
+namespace vrm {
+namespace cuda {
+
+// How the graphs are computed. `automatic` decides by sizes alone, see docs/cuda.md.
+enum class Form {
+  automatic,
+  one_launch,  // a single cooperative kernel for all graphs
+  launches,    // the same steps, a kernel each
+  tiles        // one graph after the other, products by `multiply`, tile by tile of edges
+};
+
+struct Tuning {
+  Form form;
+  int64_t tile_edge;             // vertices of a side of a tile
+  int64_t stored_entropy_bytes;  // entropies of a graph are stored up to this size, and recomputed beyond it
+};
+
+// out(i, j) = alpha sum_k a(i, k) b(j, k), added to out if `accumulate`; i < m, j < n, k < depth; out(i, j) row-major.
+template <class T> struct ProductArguments {
+  Matrix<T> out;
+  Matrix<const T> a, b;
+  int64_t m, n, depth;
+  double alpha;
+  bool accumulate;
+};
+template <class T> using Multiply = std::function<void(const ProductArguments<T>&)>;
+
+// Completes a problem: the caller has set the sizes, flags, inputs and results (softmax: the logits and sizes; factors
+// that come from it are set here). Called twice: with `memory` null for the bytes of working memory that are needed,
+// then with them.
+template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char* memory);
+
+// Computes the planned problem. Queues work on the stream and returns; never waits for it. Throws std::runtime_error
+// where CUDA refuses a launch.
+template <class T>
+void run(const Problem<T>& problem, const Tuning& tuning, const Multiply<T>& multiply, cudaStream_t stream);
+
+// The pieces of the selection, for edges that several processes share: each counts its own, the first
+// kCountsOfSelection<T> integers of the status are added over all, and each advances alike. `status` is zero at first.
+template <class T> constexpr int64_t kCountsOfSelection = kPasses<T> * 2 * kBins + 1;
+template <class T> void begin_shared_selection(Status<T>* status, int64_t edges, int64_t rank, cudaStream_t stream);
+template <class T> void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory,
+                                        const Multiply<T>& multiply, cudaStream_t stream);
+template <class T> int64_t count_entropies_bytes(const Graph<T>& graph, const Tuning& tuning);
+template <class T> void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank,
+                                                 double lerp_weight, cudaStream_t stream);
+
+}  // namespace cuda
+}  // namespace vrm

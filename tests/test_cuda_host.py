@@ -1,0 +1,350 @@
+"""Every kernel of the `cuda` backend run on the host, thread by thread, and put through the parity suite.
+
+tests/cuda_shim checks each access to memory on the way: bounds, initialisation, races between barriers. The order in
+which threads and blocks run is shuffled. What is imported below runs here again, on this backend, in its forms.
+"""
+
+import ctypes
+import itertools
+import shutil
+
+import cuda_host
+import pytest
+import torch
+from cuda_resources import STEPS
+from helpers import FLOOR, MODES, NEAR_CONVERGENCE_FLOOR, Case, assert_parity, evaluate, inputs, make_logits
+from test_mask import (  # noqa: F401
+    test_kept_counts_are_the_references_in_every_dtype,
+    test_percentiles_next_to_the_ends,
+    test_the_kept_edges_are_the_references_one_by_one,
+)
+from test_nan import BAD, poisoned, test_no_finite_tensor_at_all  # noqa: F401
+from test_operators import (  # noqa: F401
+    test_opcheck_on_strided_logits,
+    test_opcheck_vrm_graphs_of_one_row_or_column,
+    test_the_operator_is_what_eager_mode_computes,
+    test_without_gradients_none_are_computed,
+)
+from test_parity_extremes import (  # noqa: F401
+    test_a_student_that_equals_its_teacher_up_to_a_factor_has_no_loss,
+    test_near_zero_differences_feel_the_eps,
+    test_parity_near_convergence,
+    test_parity_of_a_collapsed_student,
+    test_parity_of_a_student_opposite_to_its_teacher,
+    test_parity_of_huge_and_tiny_logits_unpruned,
+    test_parity_of_huge_and_tiny_vectors_pruned,
+    test_parity_of_saturated_logits_pruned,
+    test_parity_with_duplicated_rows,
+    test_parity_with_exact_ties,
+)
+from test_parity_inputs import (  # noqa: F401
+    test_each_input_may_have_its_own_layout,
+    test_expanded_inputs,
+    test_inputs_are_left_as_they_were,
+    test_mixed_dtypes_compute_in_what_they_promote_to,
+    test_parity_over_layouts,
+)
+from test_parity_settings import (  # noqa: F401
+    test_parity_over_deltas,
+    test_parity_over_percentiles,
+    test_parity_over_weights,
+)
+
+import vrm_kernels.functional as VF
+from vrm_kernels import backends, pruning
+from vrm_kernels.backends import reference
+
+# Tiles as small as they get, so that small graphs have many, and border on every side.
+FORMS = {
+    "one_launch": ("one_launch", 32, 0),
+    "tiles": ("tiles", 32, 0),
+    "launches": ("launches", 32, 0),
+    "tiles, entropies stored": ("tiles", 64, 1 << 20),
+}
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here to compile the CUDA sources for the host with")
+    if backends.REGISTRY["cuda"].status()[0]:
+        pytest.skip("the CUDA extension is usable here: tests/test_cuda_gpu.py runs the kernels on the device")
+    library = cuda_host.load()
+    monkeypatch.setitem(backends.REGISTRY, cuda_host.NAME, cuda_host.backend())
+    library.cuda_shim_set_order(1)
+    yield library
+    library.cuda_shim_set_checks(1)
+
+
+def set_form(monkeypatch, form):
+    from vrm_kernels.backends import native_cuda
+
+    monkeypatch.setattr(native_cuda, "TUNING", native_cuda.Tuning(*FORMS[form]))
+
+
+# Of the imported tests, those about what the forms have in common run in the faster one alone.
+IN_ONE_FORM = {
+    "test_parity_over_percentiles",
+    "test_parity_over_layouts",
+    "test_mixed_dtypes_compute_in_what_they_promote_to",
+    "test_inputs_are_left_as_they_were",
+    "test_opcheck_on_strided_logits",
+    "test_opcheck_vrm_graphs_of_one_row_or_column",
+    "test_the_operator_is_what_eager_mode_computes",
+    "test_without_gradients_none_are_computed",
+    "test_kept_counts_are_the_references_in_every_dtype",
+}
+
+
+def pytest_generate_tests(metafunc):
+    """The imported tests take their fixture ``backend`` or ``any_backend`` from here."""
+    forms = ["tiles"] if metafunc.function.__name__ in IN_ONE_FORM else ["tiles", "one_launch"]
+    for name in {"backend", "any_backend"} & set(metafunc.fixturenames):
+        metafunc.parametrize(name, forms, indirect=True)
+
+
+def _backend_in_form(host, monkeypatch, request):
+    """One form goes unchecked here, to save minutes: the tests below check all of them."""
+    set_form(monkeypatch, request.param)
+    host.cuda_shim_set_checks(request.param == "tiles")
+    return cuda_host.NAME
+
+
+@pytest.fixture
+def backend(host, monkeypatch, request):
+    return _backend_in_form(host, monkeypatch, request)
+
+
+@pytest.fixture
+def any_backend(host, monkeypatch, request):
+    return _backend_in_form(host, monkeypatch, request)
+
+
+# ---- shapes, forms and kernels ---------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (33, 17), (20, 66)]
+
+
+@FLOATS
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("form", FORMS)
+def test_parity_over_shapes_in_every_form(host, monkeypatch, form, shape, relations, dtype):
+    set_form(monkeypatch, form)
+    assert_parity(cuda_host.NAME, Case(shape, relations=relations), dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((33, 17), percentile=100.0, relations="complete", seed=10),
+        Case((20, 70), kind="opposite", seed=30),
+        Case((70, 20), kind="converged:1e-2", percentile=50.0, seed=40),
+        Case((41, 23), kind="collapsed", percentile=100.0),
+        Case((40, 61), percentile=0.0, delta=0.05, seed=60),
+        Case((9, 40), kind="opposite", relations="complete", percentile=100.0),
+    ],
+    ids=lambda case: f"{case.shape}-{case.kind}-{case.relations}",
+)
+def test_parity_in_every_form(host, monkeypatch, form, case):
+    set_form(monkeypatch, form)
+    floors = NEAR_CONVERGENCE_FLOOR if case.kind.startswith("converged") else FLOOR
+    for dtype in (torch.float32, torch.float64):
+        assert_parity(cuda_host.NAME, case, dtype, floors=floors)
+
+
+def test_small_graphs_take_one_launch_and_large_ones_tiles(host):
+    """The default, by sizes: a graph of 1100 x 1000 edges is more than one kernel is given. One of them is kept."""
+    host.cuda_shim_set_checks(0)
+    for m, n, one in [(8, 6, True), (1100, 1000, False)]:
+        a, b, teacher_a, teacher_b, p, q = (torch.randn(k, 4) for k in (m, n) * 3)
+        host.cuda_shim_forget_kernels()
+        settings = {"probs": (p.softmax(1), q.softmax(1)), "percentile": 0.0, "backend": cuda_host.NAME}
+        assert VF.relation_loss(a, b, teacher_a, teacher_b, **settings).isfinite()
+        names = cuda_host.kernels_run(host)
+        assert (len(names) == 1 and "one_launch_kernel<float>" in names.pop()) == one
+
+
+def test_every_kernel_is_run(host, monkeypatch):
+    host.cuda_shim_forget_kernels()
+    for form, dtype in itertools.product(FORMS, (torch.float32, torch.float64)):
+        set_form(monkeypatch, form)
+        evaluate(cuda_host.NAME, make_logits(Case((9, 6)), dtype, seed=0))
+    names = cuda_host.kernels_run(host)
+    for scalar in ("float", "double"):
+        for k, step in enumerate(STEPS):
+            assert any(f"step_kernel<{scalar}, (vrm::cuda::Step){k}>" in name for name in names), (step, scalar, names)
+        assert any(f"one_launch_kernel<{scalar}>" in name for name in names)
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", [0.0, 100.0])
+@pytest.mark.parametrize("form", ["one_launch", "tiles"])
+def test_one_element_poisons_loss_and_gradients(host, monkeypatch, form, percentile, relations):
+    """At percentile 0 one edge is kept in each graph: nearly every element has all its edges pruned."""
+    set_form(monkeypatch, form)
+    logits = make_logits(Case((4, 3)), torch.float32, seed=0)
+    settings = {"unreliable_pruning_percentile": percentile, "relations": relations}
+    assert evaluate(cuda_host.NAME, logits, **settings).loss.isfinite()
+    for tensor, (value, index) in itertools.product(range(4), zip(BAD, (0, 5, 11), strict=True)):
+        result = evaluate(cuda_host.NAME, poisoned(logits, tensor, index, value), **settings)
+        assert result.loss.isnan() and all(grad.isnan().all() for grad in result.grads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_sides_of_one_vertex_set_get_their_gradients(host, monkeypatch, form):
+    """The contract's exclude_self: one set on both sides, whose two gradients the caller adds."""
+    set_form(monkeypatch, form)
+    x, teacher = torch.randn(2, 35, 6, dtype=torch.float64)
+    probs = torch.randn(35, 4, dtype=torch.float64).softmax(1)
+    sides = [x.clone().requires_grad_() for _ in range(2)]
+    expected, kept = reference.relation_graph(*sides, teacher, teacher, (probs, probs), 30.0, 1.0, True)
+    module = backends.REGISTRY[cuda_host.NAME].load()
+    loss, count, *grads = module.relation_graph(x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True, True)
+    assert int(count) == int(kept)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, sides), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+
+
+# ---- order, races, the same bits -------------------------------------------------------------------------------------
+
+
+@FLOATS
+@pytest.mark.parametrize("form", FORMS)
+def test_the_order_of_threads_changes_no_bit(host, monkeypatch, form, dtype):
+    set_form(monkeypatch, form)
+    logits = make_logits(Case((40, 37), kind="opposite"), dtype, seed=0)
+    host.cuda_shim_set_order(0)
+    plain = evaluate(cuda_host.NAME, logits, relations="complete")
+    for seed in (2, 3):
+        host.cuda_shim_set_order(seed)
+        other = evaluate(cuda_host.NAME, logits, relations="complete")
+        assert torch.equal(plain.loss, other.loss) and plain.kept == other.kept
+        assert all(map(torch.equal, plain.grads, other.grads))
+
+
+FAULTS = {  # see planted.cu
+    1: "race: read after another thread's write|memory that nothing has written",
+    2: "write of 4 bytes outside of every array",
+    3: "write of 4 bytes outside of every array",
+    4: "read of memory that nothing has written",
+    5: "deadlock|race|memory that nothing has written",
+    6: "race: .* after another thread's",
+    7: "race|memory that nothing has written",
+    8: "part of a warp",
+    9: "read of 4 bytes outside of every array",
+    10: "race: write after another thread's read|race: read after another thread's write",
+    11: "1 words of the outputs were not written",
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("fault", [0, *FAULTS])
+def test_the_emulation_finds_planted_faults(host, fault, order):
+    import re
+
+    x, message = (ctypes.c_float * 64)(), ctypes.create_string_buffer(256)
+    host.cuda_shim_set_order(order)
+    failed = host.cuda_shim_planted(fault, x, message)
+    if fault == 0:
+        assert not failed, message.value
+        assert list(x) == [62.0 + 3, *(63.0 - (k ^ 1) for k in range(1, 64))]
+        return
+    found = message.value.decode()
+    assert failed and re.search(FAULTS[fault], found), found
+    assert fault == 11 or ("planted::" in found and "thread" in found)
+
+
+def test_a_fault_reaches_the_caller(host, monkeypatch):
+    """An output smaller than the kernels believe: the launch raises, and the next call is sound again."""
+    set_form(monkeypatch, "launches")
+    logits = [x.requires_grad_(k < 2) for k, x in enumerate(make_logits(Case((9, 6)), torch.float32, seed=0))]
+    arguments = (1.0, 1.0, [3, 3], [0.0, 0.0], False, 1.0, False, True, *FORMS["launches"])
+    torch.ops.vrm_kernels.cuda_vrm_graphs(*logits, *arguments)
+    short = [*logits[:3], logits[3].detach()[:, :5]]  # refused by the public functions, long before
+    with pytest.raises(RuntimeError, match=r"cuda_shim: read of 4 bytes outside of every array.*step_kernel<float"):
+        torch.ops.vrm_kernels.cuda_vrm_graphs(*short, *arguments)
+    torch.ops.vrm_kernels.cuda_vrm_graphs(*logits, *arguments)
+
+
+def test_an_unknown_form_is_refused(host, monkeypatch):
+    from vrm_kernels.backends import native_cuda
+
+    logits = inputs(Case((9, 6)), torch.float32)
+    monkeypatch.setattr(native_cuda, "TUNING", native_cuda.Tuning(form="sideways"))
+    with pytest.raises(ValueError, match="'auto', 'one_launch', 'launches' or 'tiles', not 'sideways'"):
+        evaluate(cuda_host.NAME, logits)
+    monkeypatch.setattr(native_cuda, "TUNING", native_cuda.Tuning(tile_edge=0))
+    with pytest.raises(ValueError, match="must be positive, not 0"):
+        evaluate(cuda_host.NAME, logits)
+
+
+# ---- the phases apart ------------------------------------------------------------------------------------------------
+
+
+@FLOATS
+@pytest.mark.parametrize("one_set", [False, True])
+@pytest.mark.parametrize("percentile", [0.0, 30.0, 99.0])
+def test_a_graph_shared_by_two_processes_is_the_whole_graph(host, percentile, one_set, dtype):
+    """Each has some rows: counts add up, the threshold is common, losses and gradients add up to the whole's."""
+    op = torch.ops.vrm_kernels
+    n, d, tile = 41, 19, 32
+    passes = 3 if dtype == torch.float32 else 6
+    counts = passes * 2 * 2048 + 1
+    a, b, ta, tb = (torch.randn(n, d).to(dtype) for _ in range(4))
+    p, q = ((2 * torch.randn(n, 11)).softmax(1).to(dtype) for _ in range(2))
+    if one_set:
+        b, tb, q = a, ta, p
+    logs = pruning.log_probs(q)
+    rank, weight = pruning.rank(percentile / 100, pruning.edge_count(n, n, one_set), dtype)
+    whole = op.cuda_relation_graph(a, b, ta, tb, p, q, rank, weight, 1.0, one_set, True, "tiles", tile, 0)
+
+    edges = pruning.edge_count(n, n, one_set)
+    parts = [slice(0, 17), slice(17, n)]
+    selves = [part.start if one_set else None for part in parts]
+    statuses = [op.cuda_begin_selection(a, edges, rank) for _ in parts]
+    for index in range(passes):
+        statuses = [
+            op.cuda_count_selection(status, p[part], logs, offset, index, tile)
+            for status, part, offset in zip(statuses, parts, selves, strict=True)
+        ]
+        # What an all-reduce does; only this pass's counts are new.
+        total = sum(status[:counts] for status in statuses)
+        total[: index * 4096] //= 2
+        total[-1] //= 2 if index else 1
+        statuses = [torch.cat((total, status[counts:])) for status in statuses]
+        advanced = [op.cuda_advance_selection(status, index, edges, rank, weight, a) for status in statuses]
+        statuses = [status for status, _, _ in advanced]
+    (_, threshold, kept), (_, other, other_kept) = advanced
+    assert torch.equal(threshold, other) and torch.equal(kept, other_kept) and torch.equal(kept, whole[3])
+
+    results = [
+        op.cuda_relation_edges(a[part], b, ta[part], tb, p[part], logs, threshold, kept, offset, 1.0, True, tile)
+        for part, offset in zip(parts, selves, strict=True)
+    ]
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(sum(loss for loss, _, _ in results), whole[0], **close)
+    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), whole[1], **close)
+    torch.testing.assert_close(sum(grad for _, _, grad in results), whole[2], **close)
+
+
+@FLOATS
+def test_the_selection_is_torchs_quantile_to_the_bit(host, dtype):
+    """Entropies that are given values: with one class and P = 1, H = -log(P' + 1e-7) of any value we like."""
+    op = torch.ops.vrm_kernels
+    values = torch.cat([torch.randn(400), torch.randn(50).round(), torch.zeros(30), torch.randn(20) * 1e-30]).to(dtype)
+    values = torch.cat([values, -values[:30], values.new_tensor([3e38, -3e38])])
+    n = values.numel()
+    ones = torch.ones(1, 1, dtype=dtype)
+    for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9, 100.0):
+        rank, weight = pruning.rank(percentile / 100, n, dtype)
+        status = op.cuda_begin_selection(ones, n, rank)
+        for index in range(3 if dtype == torch.float32 else 6):
+            status = op.cuda_count_selection(status, ones, -values[:, None], None, index, 64)
+            status, threshold, kept = op.cuda_advance_selection(status, index, n, rank, weight, ones)
+        expected = torch.quantile(values, torch.tensor(percentile / 100, dtype=dtype))
+        assert torch.equal(threshold, expected), (percentile, threshold, expected)
+        assert int(kept) == int((values <= expected).sum())
