@@ -1,0 +1,55 @@
+"""What the tests of the recipe share: a run of a second or two, and reading what it wrote."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+QUICK = ["--train-images=128", "--batch-size=32", "--teacher=conv_8_16_16", "--teacher-epochs=3", "--epochs=4"]
+QUICK += ["--lr=0.03", "--alpha=2", "--beta=1", "--device=cpu", "--seeds=2", "--seed=5"]
+COMMAND = [sys.executable, "-m", "vrm_kernels.distill.cli"]
+
+
+def start(*arguments, launcher=COMMAND, **options) -> subprocess.Popen:
+    """The command in a process of its own, one thread, its words captured."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [*launcher, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+    """What a process said, which must have ended well."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def comparable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows without what differs from one run to the next: its name and its times."""
+    return [{key: x for key, x in row.items() if key not in ("run", "seconds", "loss_share")} for row in rows]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two checkpoints have the same tensors bit for bit."""
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(
+        x.dtype == second[name].dtype and x.numpy().tobytes() == second[name].numpy().tobytes()
+        for name, x in first.items()
+    )
