@@ -9,10 +9,6 @@ import time
 
 import pytest
 import torch
-
-for _module in ("accelerate", "kornia", "matplotlib", "rich", "safetensors", "sklearn", "yaml"):
-    pytest.importorskip(_module)
-
 from distill_helpers import QUICK, comparable, finish, read_log, same_weights, start
 
 from vrm_kernels.distill import checkpoint

@@ -154,6 +154,7 @@ class _Run:
             epochs=self._epochs(method),
             lr=lr,
             seed=seed,
+            virtual=method != "alone_real",
         )
         if state is not None:
             trainer.load_state(state)

@@ -11,9 +11,12 @@ def derived_seed(*numbers: int) -> int:
     return int(numpy.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def seed_everything(*numbers: int) -> None:
-    """Seed Python's, NumPy's and torch's generators (torch's of every device)."""
+def seed_everything(device: torch.device, *numbers: int) -> None:
+    """Seed Python's and NumPy's generators, and torch's of the CPU and of ``device``."""
     seed = derived_seed(*numbers)
     random.seed(seed)
     numpy.random.seed(seed)
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: without a GPU it notes a stack trace for each, which takes longer than a small step.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)

@@ -52,6 +52,7 @@ class Trainer:
         model: gives logits ``[B, C]``; on the accelerator's device already.
         epochs, lr: how long, and the first learning rate.
         seed: of the order of the samples and of the augmentations.
+        virtual: make the virtual view, too; else the objective gets the real one in its place.
     """
 
     def __init__(
@@ -65,9 +66,10 @@ class Trainer:
         epochs: int,
         lr: float,
         seed: int,
+        virtual: bool = True,
     ) -> None:
         self.accelerator, self.data, self.settings, self.objective = accelerator, data, settings, objective
-        self.epochs, self.seed = epochs, seed
+        self.epochs, self.seed, self.virtual = epochs, seed, virtual
         self.batches = ShardedBatches(
             len(data.train),
             settings.batch_size,
@@ -181,8 +183,8 @@ class Trainer:
         progress = self.at.epoch + self.at.step / self.batches.steps
         for part in range(parts):
             images, labels = (x.to(device, non_blocking=True) for x in next(loader))
-            seed_everything(self.seed, self.at.epoch, self.at.step, part, self.accelerator.process_index)
-            real, virtual = self.views(images)
+            seed_everything(device, self.seed, self.at.epoch, self.at.step, part, self.accelerator.process_index)
+            real, virtual = self.views(images, self.virtual)
             if self.settings.mixup:
                 real, virtual, labels = mixup(real, virtual, labels, self.data.classes, self.settings.mixup)
             # Processes add up their gradients once, with the last part.

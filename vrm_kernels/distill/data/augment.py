@@ -59,9 +59,11 @@ class Views(nn.Module):
         self.data = data
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, virtual: bool = True) -> tuple[Tensor, Tensor]:
         images = to_unit(images)
-        return self.data.normalized(self.real(images)), self.data.normalized(self.virtual(images))
+        # The real view first: it is then the same whether or not the virtual one is drawn after it.
+        real = self.data.normalized(self.real(images))
+        return real, self.data.normalized(self.virtual(images)) if virtual else real
 
 
 def mixup(real: Tensor, virtual: Tensor, labels: Tensor, classes: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
