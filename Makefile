@@ -1,4 +1,5 @@
 # make distill   train a teacher and distil students on real images, from nothing
+# make compare   cross-entropy, KD, DKD, DIST, RKD and relation matching on the same terms (hours; goes on where it was)
 # make test      the whole test suite, from nothing
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
 # make build     compile the extension again after a change under csrc/
@@ -13,10 +14,13 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: distill test bench bench-quick bench-pytest build lint clean
+.PHONY: distill compare test bench bench-quick bench-pytest build lint clean
 
 distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
+
+compare: $(READY)
+	$(BIN)/python -m vrm_kernels.distill.compare $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -30,7 +34,10 @@ bench: $(READY)
 bench-quick: $(READY)
 	$(BIN)/python -m benchmarks.run --quick $(ARGS)
 
-bench-pytest: $(READY)
+bench-pycompare: $(READY)
+	$(BIN)/python -m vrm_kernels.distill.compare $(ARGS)
+
+test: $(READY)
 	$(BIN)/python -m pytest benchmarks/test_bench_small.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 build: $(READY)

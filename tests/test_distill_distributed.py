@@ -43,7 +43,7 @@ def test_shares_of_the_processes_are_the_batch_of_one():
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused():
-    with pytest.raises(ValueError, match="batch of 10.*3 processes.*multiple of 3"):
+    with pytest.raises(ValueError, match=r"batch of 10.*3 processes.*multiple of 3"):
         ShardedBatches(100, 10, 0, 0, 3)
     with pytest.raises(ValueError, match="200 is larger than the 100"):
         ShardedBatches(100, 200, 0)

@@ -72,6 +72,8 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     except ValueError as error:
         parser.error(f"argument --resume: {error}")
 
+    if distributed:
+        _join(device)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=settings.precision)
     torch.set_num_threads(settings.threads)
     try:
@@ -183,6 +185,24 @@ def _teacher(parser: argparse.ArgumentParser, options: argparse.Namespace, setti
         return data.with_statistics(mean, std), teacher
     except (OSError, ValueError, TypeError) as error:
         parser.error(f"argument {blamed}: {error}")
+
+
+def _join(device: torch.device) -> None:
+    """Start the process group under a name of its own for each of torchrun's attempts.
+
+    torchrun keeps one store for all of them: a process that is back first would read there the address of one that is
+    gone.
+    """
+    from torch.distributed import PrefixStore, init_process_group
+    from torch.distributed.rendezvous import rendezvous
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, world = next(rendezvous("env://"))
+    backend = torch.distributed.get_default_backend_for_device(device)
+    both = backend if device.type == "cpu" else f"{device.type}:{backend},cpu:gloo"
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    init_process_group(both, store=PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world)
 
 
 def _check_batch(settings: Settings, data, processes: int) -> None:

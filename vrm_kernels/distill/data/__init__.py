@@ -57,7 +57,7 @@ def open_dataset(
     if not where:
         raise ValueError(f"{source!r} names no dataset: choose one of {', '.join(SOURCES)}")
     if kind in ("idx", "omniglot", "folder", "parquet") and not Path(where).exists():
-        raise ValueError(f"{where} does not exist")
+        raise ValueError(f"{source}: {where} does not exist")
     if kind == "idx":
         from vrm_kernels.distill.data.idx import idx
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 # Of how many training images the mean and the standard deviation are taken, spread over the whole set.
 _STATISTICS = 2000
@@ -103,8 +103,14 @@ def subset(dataset: Dataset, indices: Tensor) -> Dataset:
     return _IndexedSubset(dataset, indices)
 
 
-class _IndexedSubset(Subset):
+class _IndexedSubset(Dataset):
     """A subset that, like what it is a part of, takes many indices at once."""
+
+    def __init__(self, dataset: Dataset, indices: Tensor) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
     def __getitem__(self, index):
         return self.dataset[self.indices[index]]

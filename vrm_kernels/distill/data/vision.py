@@ -1,7 +1,5 @@
 """Datasets of torchvision, where it is installed."""
 
-import importlib.util
-
 import numpy
 import torch
 from torch.utils.data import TensorDataset
@@ -19,10 +17,10 @@ def torchvision_dataset(name: str, root: str, train_images: int | None = None) -
     Raises:
         ValueError: torchvision is not installed, has no such dataset, or does not find it in ``root``.
     """
-    if importlib.util.find_spec("torchvision") is None:
-        raise ValueError(f"torchvision:{name} needs torchvision: pip install torchvision")
-    from torchvision import datasets
-
+    try:
+        from torchvision import datasets
+    except Exception as error:  # a build for another torch fails in ways of its own
+        raise ValueError(f"torchvision:{name} needs a torchvision that works with this torch ({error})") from error
     kind = getattr(datasets, name, None)
     if kind is None or name.startswith("_"):
         raise ValueError(f"torchvision has no dataset {name!r}")

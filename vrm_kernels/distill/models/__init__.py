@@ -1,7 +1,6 @@
 """Models by name: the literature's small ones here, timm's, torchvision's, and any factory of yours."""
 
 import importlib
-import importlib.util
 import inspect
 import re
 from functools import partial
@@ -116,19 +115,19 @@ def _factory(name: str):
             f"package.module:factory"
         )
     if module in ("timm", "torchvision"):
-        if importlib.util.find_spec(module) is None:
-            raise ValueError(f"{name} needs {module}: pip install {module}")
+        try:
+            library = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name} needs {error.name}: pip install {module}") from error
+        except Exception as error:  # a build for another torch fails in ways of its own
+            raise ValueError(f"{name}: {module} is installed but cannot be imported ({error})") from error
         if module == "timm":
-            import timm
-
-            if not timm.is_model(attribute):
+            if not library.is_model(attribute):
                 raise ValueError(f"timm has no model {attribute!r}: timm.list_models('*{attribute[:5]}*') lists some")
-            return module, partial(timm.create_model, attribute)
-        import torchvision
-
-        if attribute not in torchvision.models.list_models(module=torchvision.models):
+            return module, partial(library.create_model, attribute)
+        if attribute not in library.models.list_models(module=library.models):
             raise ValueError(f"torchvision has no classification model {attribute!r}")
-        return module, partial(torchvision.models.get_model, attribute)
+        return module, partial(library.models.get_model, attribute)
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
