@@ -1,5 +1,5 @@
 # make distill   train a teacher and distil students on real images, from nothing
-# make compare   cross-entropy, KD, DKD, DIST, RKD and relation matching on the same terms (hours; goes on where it was)
+# make compare   cross-entropy, KD, DKD, DIST, RKD and relation matching on the same terms (a quarter of an hour; goes on where it was)
 # make test      the whole test suite, from nothing
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
 # make build     compile the extension again after a change under csrc/

@@ -65,7 +65,7 @@ def _checkpoint_time(folder):
 
 def test_stopped_after_each_of_some_checkpoints(undisturbed, tmp_path, monkeypatch):
     """Every kind of place: within an epoch, at its end, between models, and before the last row was logged."""
-    for stop in (1, 4, 7, 12, 13, 20, 29, 46):
+    for stop in (4, 12, 13, 29):
         folder, calls = tmp_path / str(stop), 0
         save = checkpoint.save_state
 

@@ -162,10 +162,12 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.at = Position(state["epoch"], state["step"], state["seconds"])
-        # The sums of all processes are one process's from here on, as they are after _share_means.
-        if self.accelerator.is_main_process and state["total"] is not None:
-            self.means.names, self.means.samples = list(state["names"]), state["samples"]
-            self.means.total = state["total"].to(self.accelerator.device)
+        if state["total"] is not None:
+            # The sums of all processes are the first one's from here on, as they are after _share_means.
+            main, total = self.accelerator.is_main_process, state["total"].to(self.accelerator.device)
+            self.means.names = list(state["names"])
+            self.means.total = total if main else torch.zeros_like(total)
+            self.means.samples = state["samples"] if main else 0
 
     def close(self) -> nn.Module:
         """:attr:`result`, and let go of the optimiser and of the wrappers."""
