@@ -1,4 +1,5 @@
 # make distill   train a teacher and distil students on real images, from nothing
+# make compare   cross-entropy, KD, DKD, DIST, RKD and relation matching on the same terms (a quarter of an hour; goes on where it was)
 # make test      the whole test suite, from nothing
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
 # make gpu-check FOLDER=results   on a machine with a GPU and PYTHON's own torch and Triton: test and measure, 10 minutes
@@ -14,12 +15,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: distill test bench bench-quick bench-pytest gpu-check build lint clean
+.PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint clean
 
 distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
 
-test: $(READY)
+compare: $(READY)
+	$(BIN)/python -m vrm_kernels.distill.compare $(ARGS)
+
+test: $(VENV)/.adapters
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
@@ -51,6 +55,14 @@ $(VENV)/.tools: $(VENV)/bin/python pyproject.toml
 $(READY): $(VENV)/.tools $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,bench]"
 	@$(BIN)/python -c "import vrm_kernels; print(vrm_kernels.backends.describe())"
+	touch $@
+
+# What the adapters adapt to. torch is named so that none of these libraries replaces it; where they cannot be had, their
+# tests say so and are skipped.
+$(VENV)/.adapters: $(READY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,adapters]" \
+	    "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')" \
+	    || echo "The libraries of the extra 'adapters' could not be installed: their tests will be skipped."
 	touch $@
 
 lint: $(READY)

@@ -6,7 +6,7 @@ import torch
 if "VRM_TEST_DEVICE" in os.environ:  # before helpers, which asks for it
     torch.set_default_device(os.environ["VRM_TEST_DEVICE"])
 
-from helpers import ALL_BACKENDS, BACKENDS
+from helpers import BACKENDS
 from hypothesis import HealthCheck, settings
 
 from vrm_kernels import backends

@@ -4,14 +4,12 @@ import importlib.util
 import subprocess
 import sys
 
+import distill_helpers  # noqa: F401 (skips these tests without the extra)
 import pytest
 import torch
 
 from vrm_kernels import backends
-from vrm_kernels.distill import cli
-
-for _module in ("kornia", "matplotlib", "rich", "safetensors", "sklearn"):
-    pytest.importorskip(_module)
+from vrm_kernels.distill import cli, options
 
 
 def _refused(capsys, tmp_path, *arguments):
@@ -29,9 +27,18 @@ def _refused(capsys, tmp_path, *arguments):
 @pytest.mark.parametrize(
     ("option", "value", "wanted"),
     [
-        ("--dataset", "imagenet", "'digits'"),
-        ("--teacher", "resnet9000", "'conv_32_64_128'"),
-        ("--student", "resnet9000", "'conv_4_8_8'"),
+        ("--dataset", "imagenet", "digits"),
+        ("--dataset", "folder:nowhere", "does not exist"),
+        ("--teacher", "resnet9000", "conv_32_64_128"),
+        ("--student", "resnet9000", "conv_4_8_8"),
+        ("--student", "torchvision:resnet18", "take 3 channels"),
+        ("--baselines", "alone", "alone_both"),
+        ("--precision", "fp16", "needs a GPU"),
+        ("--accumulate", "3", "multiple of 3"),
+        ("--ema", "1.5", "[0, 1]"),
+        ("--image-size", "32", "has its own"),
+        ("--teacher-checkpoint", "nowhere.safetensors", "No such file"),
+        ("--evaluate", "nowhere.safetensors", "No such file"),
         ("--backend", "fortran", "'reference'"),
         ("--device", "abacus", "cpu"),
         ("--device", "meta", "no values"),
@@ -60,7 +67,9 @@ def _refused(capsys, tmp_path, *arguments):
 def test_bad_value(option, value, wanted, capsys, tmp_path):
     batch = ("--batch-size", "8") if option == "--train-images" else ()
     message = _refused(capsys, tmp_path, option, value, *batch)
-    assert f"argument {option}" in message and value in message and wanted in message
+    blamed = {"--image-size": "--dataset", "--accumulate": "--batch-size"}.get(option, option)
+    assert f"argument {blamed}" in message and wanted in message
+    assert value in message or option == "--image-size"
 
 
 def test_unknown_option(capsys, tmp_path):
@@ -96,7 +105,7 @@ def test_earlier_run_is_not_overwritten_silently(capsys, tmp_path):
     assert "not empty" in message and "--overwrite" in message
     assert (folder / "log.csv").read_text() == "mine"
     # Asked for, it replaces the files of a run and no others.
-    cli._prepare(folder, ("log.csv", "curves.png"), overwrite=True)
+    options.prepare_folder(folder, ("log.csv", "curves.png"), overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
@@ -113,7 +122,7 @@ def test_importing_the_package_needs_no_extra():
     """A fresh interpreter without the extra imports the pieces, and the command says what is missing."""
     code = """
 import sys
-for name in ("kornia", "matplotlib", "rich", "safetensors", "sklearn"):
+for name in ("accelerate", "datasets", "kornia", "matplotlib", "rich", "safetensors", "sklearn", "yaml"):
     sys.modules[name] = None
 import vrm_kernels
 from vrm_kernels.distill import DualViewDataset, train_one_epoch, validate
@@ -129,7 +138,7 @@ def test_default_folder_is_new(monkeypatch, tmp_path):
     class Stop(Exception):
         pass
 
-    def run(settings, data, console):
+    def run(settings, *_):
         assert settings.output_dir.parent.name == "runs" and settings.output_dir.name.startswith("digits-")
         assert (tmp_path / settings.output_dir).is_dir()
         raise Stop
@@ -139,3 +148,71 @@ def test_default_folder_is_new(monkeypatch, tmp_path):
     monkeypatch.setattr(recipe, "run", run)
     with pytest.raises(Stop):
         cli.main(["--threads", str(threads)])
+
+
+# ---- YAML and presets -----------------------------------------------------------------------------------------------
+
+
+def test_command_line_over_file_over_preset_over_default(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("alpha: 5\nlabel_smoothing: 0.1\nmilestones: [3, 6]\ntensorboard: true\nbaselines: none\n")
+    arguments = ["--preset=cifar100_resnet34_mobilenetv2", f"--config={file}", "--beta=7", "--no-tensorboard"]
+    _, given = options.parse(arguments)
+    settings = options.settings_of(given)
+    assert (settings.teacher, settings.alpha, settings.beta, settings.percentile) == ("resnet34", 5, 7, 30)
+    assert settings.milestones == (3, 6) and settings.label_smoothing == 0.1 and not settings.tensorboard
+    assert settings.epochs == 200 and settings.seed == 0
+
+
+def test_the_issues_preset_is_the_issues():
+    _, given = options.parse(["--preset=cifar100_resnet34_mobilenetv2"])
+    s = options.settings_of(given)
+    assert (s.dataset, s.teacher, s.student) == ("hub:cifar100", "resnet34", "mobilenetv2")
+    assert (s.batch_size, s.optimizer, s.lr, s.momentum, s.weight_decay) == (64, "sgd", 0.01, 0.9, 5e-4)
+    assert (s.schedule, s.alpha, s.beta, s.percentile) == ("cosine", 800, 400, 30)
+
+
+@pytest.mark.parametrize("name", options.presets())
+def test_every_preset_is_accepted(name):
+    if "timm" in (options._PRESETS / f"{name}.yaml").read_text():
+        pytest.importorskip("timm")
+    options.parse([f"--preset={name}"])
+
+
+def test_a_written_configuration_is_read_back(tmp_path):
+    import yaml
+
+    _, given = options.parse(["--schedule=step", "--milestones", "2", "4", "--mean", "0.5", "--output-dir", "x"])
+    settings = options.settings_of(given)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(settings.plain()))
+    _, given = options.parse([f"--config={file}"])
+    assert not settings.differences(options.settings_of(given).plain())
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("alhpa: 3", "'alhpa', which is no option"),
+        ("alpha: lots", "argument --alpha: must be a number, got 'lots'"),
+        ("- alpha", "must hold 'option: value' lines"),
+        ("alpha: [", "cannot be read"),
+        ("config: other.yaml", "which is no option"),
+    ],
+)
+def test_bad_configuration(content, wanted, capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(content)
+    assert wanted in _refused(capsys, tmp_path, "--config", str(file))
+
+
+def test_class_counts_that_differ_are_named(capsys, tmp_path):
+    from vrm_kernels.distill import create_model, save_checkpoint
+
+    file = tmp_path / "teacher.safetensors"
+    name = "conv_32_64_128"
+    save_checkpoint(file, create_model(name, 1, 7), {"model": name, "in_channels": 1, "classes": 7})
+    message = _refused(capsys, tmp_path, "--teacher-checkpoint", str(file), "--teacher", name)
+    assert f"the teacher {name} tells 7 classes apart, the data have 10" in message
+    message = _refused(capsys, tmp_path, "--teacher-checkpoint", str(file), "--teacher", "resnet8")
+    assert "does not fit the model" in message

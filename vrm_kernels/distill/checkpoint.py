@@ -1,12 +1,16 @@
-"""Checkpoints: a state dict and what rebuilds its model, in one safetensors file that holds no code."""
+"""Files that are whole or not there: models as safetensors, and the state of a run. Loading one executes nothing."""
 
 import os
+import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vrm_kernels.distill.models import create_model
+from vrm_kernels.distill.models import create_model, is_known
 
 # What load_checkpoint needs to find in a file's metadata.
 _REBUILD = ("model", "in_channels", "classes")
@@ -16,8 +20,8 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, metadata: dict[st
     """Write ``model`` and ``metadata`` to ``path``: whole or, if interrupted, not at all.
 
     Args:
-        metadata: must have ``model`` (a name in ``MODELS``), ``in_channels`` and ``classes``; all values are kept as
-            text.
+        metadata: must have ``model`` (a name for ``create_model``), ``in_channels`` and ``classes``; all values are
+            kept as text.
 
     Raises:
         ValueError: one of those is missing.
@@ -27,13 +31,108 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, metadata: dict[st
 
     if missing := [key for key in _REBUILD if key not in metadata]:
         raise ValueError(f"the metadata of a checkpoint must name {', '.join(_REBUILD)}: missing {', '.join(missing)}")
-    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    # Cloned, because a file of this format has no two tensors over one storage (tied weights).
+    tensors = {name: x.detach().cpu().clone().contiguous() for name, x in model.state_dict().items()}
     payload = save(tensors, {key: str(value) for key, value in metadata.items()})
+    write_atomically(path, lambda file: file.write(payload))
+
+
+def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, str]]:
+    """The model of :func:`save_checkpoint`, in evaluation mode on the CPU, and its metadata.
+
+    Args:
+        model: what to load the weights into; by default a new model of the name in the file. A name that is a path into
+            Python code (``package.module:factory``) is not followed, since a file must not choose what runs: build
+            that model and pass it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of this package, of a model that this version does not know, or of another shape.
+    """
+    state, metadata = read_weights(path)
+    if missing := [key for key in _REBUILD if key not in metadata]:
+        raise ValueError(f"{path} was not written by save_checkpoint: its metadata lacks {', '.join(missing)}")
+    if model is None:
+        name = metadata["model"]
+        if not is_known(name):
+            raise ValueError(
+                f"{path} is of an unknown model {name!r}: build it and pass it as load_checkpoint(..., model)"
+            )
+        model = create_model(name, int(metadata["in_channels"]), int(metadata["classes"]))
+    load_weights(model, state, path)
+    return model.eval(), metadata
+
+
+def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and text metadata, of a safetensors file or of a PyTorch file that holds a state dict.
+
+    A PyTorch file may hold the state dict under ``state_dict``, ``model`` or ``model_state_dict``; names lose the
+    ``module.`` that DistributedDataParallel gives them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither, or one that would have to run code to be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        if Path(path).suffix not in (".pt", ".pth", ".bin", ".tar", ".ckpt"):
+            raise ValueError(f"{path} is not a safetensors checkpoint: {error}") from error
+    content = load_state(path)
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    state = {name.removeprefix("module."): x for name, x in content.items() if isinstance(x, Tensor)}
+    if not state:
+        raise ValueError(f"{path} holds no state dict: expected tensors by name, got {', '.join(map(str, content))}")
+    return state, {}
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """``model.load_state_dict(state)``, with a ``ValueError`` of one line that names ``path`` where they do not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(lines) - 2} more like it)" if len(lines) > 2 else ""
+        raise ValueError(f"{path} does not fit the model: {' '.join(lines[:2])}{more}") from None
+
+
+def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write a dict of tensors, numbers, text, lists and dicts: whole or, if interrupted, not at all."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load_state(path: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`save_state` wrote, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or one that would have to run code to be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
+    """Have ``write`` fill a temporary file beside ``path``, and move it there once it is on the disk.
+
+    Renaming within one folder replaces the file in one step: a reader, after a kill or a full disk too, finds the old
+    file or the new one.
+    """
     path = Path(path)
-    # Renaming within one folder replaces the file in one step: a reader sees the old one or the new one.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_temporary(path), delete=False) as file:
         try:
-            file.write(payload)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # as open() would have made it, not private like a temporary file
@@ -41,25 +140,18 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, metadata: dict[st
         except BaseException:
             os.unlink(file.name)
             raise
-
-
-def load_checkpoint(path: str | os.PathLike) -> tuple[nn.Module, dict[str, str]]:
-    """The model of :func:`save_checkpoint`, in evaluation mode on the CPU, and its metadata.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a checkpoint of this package, or of a model that this version does not know.
-    """
-    from safetensors import SafetensorError, safe_open
-
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors checkpoint: {error}") from error
-    if missing := [key for key in _REBUILD if key not in metadata]:
-        raise ValueError(f"{path} was not written by save_checkpoint: its metadata lacks {', '.join(missing)}")
-    model = create_model(metadata["model"], int(metadata["in_channels"]), int(metadata["classes"]))
-    model.load_state_dict(state)
-    return model.eval(), metadata
+        os.fsync(folder)  # the new name is on the disk, too
+    finally:
+        os.close(folder)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed :func:`write_atomically` left beside ``path``."""
+    for leftover in path.parent.glob(f"{_temporary(path)}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> str:
+    return f".{path.name}."

@@ -2,37 +2,42 @@
 
 import argparse
 import importlib.util
-import math
+import os
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from vrm_kernels import backends
-from vrm_kernels.distill.data import DATASETS
-from vrm_kernels.distill.models import MODELS
+from vrm_kernels.distill import options as command
+from vrm_kernels.distill.settings import Settings
 
 # The modules of the extra "distill", and what pip calls them.
 _EXTRA = {
+    "accelerate": "accelerate",
+    "datasets": "datasets",
     "kornia": "kornia",
     "matplotlib": "matplotlib",
     "rich": "rich",
     "safetensors": "safetensors",
     "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status (2: an option is refused, 1: the run failed, 130: Ctrl-C)."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     if missing := [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]:
-        parser.error(f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'")
+        argparse.ArgumentParser(prog="vrm-distill").error(
+            f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'"
+        )
+    parser, options = command.parse(argv)
     try:
-        return _run(parser, options)
+        return _evaluate(parser, options) if options.evaluate else _run(parser, options)
     except KeyboardInterrupt:
         print("\nvrm-distill: stopped before anything was written", file=sys.stderr)
         return 130
@@ -40,163 +45,199 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     # Imported only now: these need the extra, and a second or two.
+    from accelerate import Accelerator
     from rich.console import Console
 
     from vrm_kernels.distill import recipe, report
 
-    if options.batch_size > options.train_images:
-        parser.error(
-            f"argument --batch-size: {options.batch_size} is larger than the {options.train_images} training images: "
-            f"no batch would be full"
-        )
+    distributed = "LOCAL_RANK" in os.environ  # set by torchrun
+    if distributed and options.output_dir is None:
+        parser.error("argument --output-dir: name it under torchrun, for all processes and restarts to agree on it")
+    data = _open(parser, options)
+    folder = options.output_dir or Path("runs") / f"{data.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    device = _pick_device(parser, options)
+    settings = replace(command.settings_of(options), output_dir=folder, device=str(device))
+    settings = replace(settings, baselines=tuple(x for x in settings.baselines if x != "none"))
     try:
-        backends.resolve(options.backend, options.device)
+        backends.resolve(settings.backend, device)
     except (ValueError, RuntimeError) as error:
         parser.error(f"argument --backend: {error}")
-    torch.set_num_threads(options.threads)
+    if settings.schedule == "step" and not settings.milestones:
+        parser.error("argument --milestones: name the epochs of --schedule step")
+    data, teacher = _teacher(parser, options, settings, data)
+    # torchrun starts the same command again after a fault: go on then, without being told.
+    again = options.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
-        data = DATASETS[options.dataset](options.train_images)
+        resume = recipe.read_state(settings) if again else None
     except ValueError as error:
-        parser.error(f"argument --train-images: {error}")
-    if options.output_dir is None:
-        options.output_dir = Path("runs") / f"{options.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    try:
-        _prepare(options.output_dir, recipe.OUTPUTS, options.overwrite)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+        parser.error(f"argument --resume: {error}")
 
-    fields = recipe.Settings.__dataclass_fields__
-    settings = recipe.Settings(**{name: getattr(options, name) for name in fields})
-    output = settings.output_dir
-    console = Console(highlight=False)
-    log = output / recipe.LOG
+    if distributed:
+        _join(device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=settings.precision)
+    torch.set_num_threads(settings.threads)
     try:
-        result = recipe.run(settings, data, console)
-        report.plot_curves(output / recipe.CURVES, settings, result)
-        report.write_summary(output / recipe.SUMMARY, settings, result)
+        _check_batch(settings, data, accelerator.num_processes)
+    except ValueError as error:
+        parser.error(f"argument --batch-size: {error}")
+    if accelerator.is_main_process and resume is None:
+        try:
+            command.prepare_folder(folder, recipe.OUTPUTS, options.overwrite or again)
+        except OSError as error:
+            parser.error(f"argument --output-dir: {error}")
+    console = Console(highlight=False, quiet=not accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    try:
+        teacher = None if teacher is None else teacher.to(accelerator.device)
+        result = recipe.run(settings, data, console, accelerator, teacher, resume)
+        if result is not None:
+            report.plot_curves(folder / recipe.CURVES, settings, result)
+            report.write_summary(folder / recipe.SUMMARY, settings, result)
     except KeyboardInterrupt:
-        print(f"\nvrm-distill: stopped; every epoch finished so far is in {log}", file=sys.stderr)
+        print(f"\nvrm-distill: stopped; --resume goes on; finished epochs: {folder / recipe.LOG}", file=sys.stderr)
         return 130
-    except (recipe.NonFiniteLoss, OSError) as error:
-        print(f"\nvrm-distill: failed: {error}\nEvery epoch finished so far is in {log}", file=sys.stderr)
+    except (recipe.Diverged, OSError, ValueError) as error:
+        print(f"\nvrm-distill: failed: {error}\nFinished epochs: {folder / recipe.LOG}", file=sys.stderr)
         return 1
+    finally:
+        accelerator.end_training()
+    if result is not None:
+        _tell(console, settings, result)
+    return 0
+
+
+def _tell(console, settings: Settings, result) -> None:
+    from vrm_kernels.distill import recipe, report
 
     console.print()
     console.print(report.table(settings, result))
     for sentence in report.sentences(settings, result):
         console.print("\n" + sentence)
-    console.print(f"\nTrained in {result.training_seconds:.0f} s. Written to {output}/:", soft_wrap=True)
+    console.print(f"\nTrained in {result.training_seconds:.0f} s. Written to {settings.output_dir}/:", soft_wrap=True)
     for name, what in (
         (recipe.CURVES, "the training curves"),
         (recipe.LOG, "every epoch of every model"),
         (recipe.STUDENT_CHECKPOINT, f"the distilled student best on the validation images, seed {result.best_seed}"),
         (recipe.TEACHER_CHECKPOINT, "the teacher"),
         (recipe.SUMMARY, "this table"),
+        (recipe.CONFIG, "the settings, for --config"),
     ):
-        console.print(f"  {name:<20} {what}", soft_wrap=True)
-    return 0
+        if (settings.output_dir / name).exists():
+            console.print(f"  {name:<20} {what}", soft_wrap=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vrm-distill",
-        description="Train a teacher, then for each seed a small student three times: alone on the real view, alone on "
-        "both views, and distilled with Virtual Relation Matching. Ends with a table, curves, a log and checkpoints.",
-    )
+def _open(parser: argparse.ArgumentParser, options: argparse.Namespace):
+    from vrm_kernels.distill.data import open_dataset
 
-    def add(flag: str, help: str, default, **kind) -> None:
-        parser.add_argument(flag, help=f"{help} (default: %(default)s)", default=default, **kind)
-
-    add("--dataset", "images to learn", "digits", choices=DATASETS)
-    add("--train-images", "how many of its images to train on", 900, type=_integer(1), metavar="N")
-    networks = {"choices": MODELS, "metavar": "NETWORK"}
-    add("--teacher", f"named after its layers' channels, one of {', '.join(MODELS)}", "conv_32_64_128", **networks)
-    add("--student", "one of the same", "conv_4_8_8", **networks)
-    add("--teacher-epochs", "the teacher's passes over the training images", 40, type=_integer(1), metavar="N")
-    add("--epochs", "a student's passes over the training images", 30, type=_integer(1), metavar="N")
-    add("--batch-size", "images a batch, each in two views", 64, type=_integer(2), metavar="N")
-    add("--teacher-lr", "the teacher's first learning rate", 0.005, type=_number(0, exclusive=True), metavar="LR")
-    add("--lr", "a student's first learning rate", 0.01, type=_number(0, exclusive=True), metavar="LR")
-    add("--alpha", "weight of the inter-sample relations", 4.0, type=_number(0))
-    add("--beta", "weight of the inter-class relations", 2.0, type=_number(0))
-    add("--percentile", "how many of the edges to keep, in percent", 30.0, type=_number(0, 100), metavar="P")
-    add("--backend", "what computes the loss", "auto", choices=("auto", *backends.REGISTRY))
-    add("--seeds", "how many students of each kind to train", 10, type=_integer(1), metavar="N")
-    add("--seed", "the first seed; the others follow it", 0, type=_integer(0), metavar="N")
-    add("--device", "where to train, for instance cpu or cuda:0", "cpu", type=_device)
-    add("--threads", "CPU threads; networks this small gain from no more", 1, type=_integer(1), metavar="N")
-    parser.add_argument(
-        "--output-dir",
-        type=Path,
-        metavar="FOLDER",
-        help="where to write, a new or empty folder (default: runs/DATASET-DATE-TIME)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
-    return parser
-
-
-def _integer(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
-        return value
-
-    return parse
-
-
-def _number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        # Written so that NaN fails.
-        if not (low <= value <= high) or math.isinf(value) or (exclusive and value == low):
-            above = f"{'>' if exclusive else '>='} {low:g} and finite"
-            wanted = above if high == math.inf else f"in [{low:g}, {high:g}]"
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-        return value
-
-    return parse
-
-
-def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"no device is called {text!r}: for instance cpu, cuda or cuda:1") from None
-    if device.type == "meta":
-        raise argparse.ArgumentTypeError("the device 'meta' holds no values to train on")
-    try:
-        torch.zeros(1, device=device).cpu()
-    except Exception as error:  # what an absent device raises depends on the device and on how torch was built
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}): use cpu") from None
+        return open_dataset(
+            options.dataset,
+            train_images=options.train_images,
+            image_size=options.image_size,
+            data_dir=options.data_dir,
+        )
+    except ValueError as error:
+        blamed = "--train-images" if "images to train on" in str(error) else "--dataset"
+        parser.error(f"argument {blamed}: {error}")
+
+
+def _pick_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> torch.device:
+    if options.device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = accelerator or torch.device("cpu")
+    else:
+        device = torch.device(options.device)
+    if options.precision == "fp16" and device.type == "cpu":
+        parser.error("argument --precision: fp16 needs a GPU to pay: use bf16 or no on the CPU")
+    if device.index is not None and "LOCAL_RANK" not in os.environ:
+        torch.accelerator.set_device_index(device.index)
     return device
 
 
-def _prepare(folder: Path, outputs: Sequence[str], overwrite: bool) -> None:
-    """Make ``folder``, and make sure that it can be written and holds no earlier run.
+def _teacher(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Settings, data):
+    """The data normalised as the teacher wants, and the teacher if it comes trained; refuses models that do not fit."""
+    from vrm_kernels.distill import checkpoint
+    from vrm_kernels.distill.models import check_classes, create_model
 
-    Raises:
-        OSError: saying what is in the way and what to do.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"{folder} is a file: name a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise OSError(f"{folder} is not empty: name another folder, or add --overwrite to replace the run in it")
+    teacher, metadata, blamed = None, {}, "--teacher"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        for name in outputs:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): name a folder that can be written") from error
+        if settings.teacher_checkpoint is not None:
+            blamed = "--teacher-checkpoint"
+            state, metadata = checkpoint.read_weights(settings.teacher_checkpoint)
+            if "--teacher" not in options.given and checkpoint.is_known(metadata.get("model", "")):
+                raise ValueError(f"the file is of {metadata['model']}: add --teacher {metadata['model']}")
+            classes = int(metadata.get("classes", data.classes))
+            teacher = create_model(settings.teacher, data.in_channels, classes)
+            checkpoint.load_weights(teacher, state, settings.teacher_checkpoint)
+        elif settings.teacher_pretrained:
+            teacher = create_model(settings.teacher, data.in_channels, data.classes, pretrained=True)
+        probe = teacher or create_model(settings.teacher, data.in_channels, data.classes)
+        check_classes("teacher", settings.teacher, probe, data.in_channels, data.size, data.classes)
+        blamed = "--student"
+        student = create_model(settings.student, data.in_channels, data.classes)
+        check_classes("student", settings.student, student, data.in_channels, data.size, data.classes)
+        blamed = "--mean/--std"
+        mean, std = settings.mean, settings.std
+        if teacher is not None and mean is None and std is None:
+            expected = getattr(teacher, "pretrained_cfg", None) or {}
+            mean = [float(x) for x in metadata.get("mean", "").split()] or expected.get("mean")
+            std = [float(x) for x in metadata.get("std", "").split()] or expected.get("std")
+        return data.with_statistics(mean, std), teacher
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f"argument {blamed}: {error}")
+
+
+def _join(device: torch.device) -> None:
+    """Start the process group under a name of its own for each of torchrun's attempts.
+
+    torchrun keeps one store for all of them: a process that is back first would read there the address of one that is
+    gone.
+    """
+    from torch.distributed import PrefixStore, init_process_group
+    from torch.distributed.rendezvous import rendezvous
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, world = next(rendezvous("env://"))
+    backend = torch.distributed.get_default_backend_for_device(device)
+    both = backend if device.type == "cpu" else f"{device.type}:{backend},cpu:gloo"
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    init_process_group(both, store=PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=world)
+
+
+def _check_batch(settings: Settings, data, processes: int) -> None:
+    from vrm_kernels.distill.data import ShardedBatches
+
+    ShardedBatches(len(data.train), settings.batch_size, settings.seed, 0, processes, settings.accumulate)
+
+
+def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    from vrm_kernels.distill import checkpoint
+    from vrm_kernels.distill.data import plain_loader
+    from vrm_kernels.distill.engine import count_correct
+    from vrm_kernels.distill.models import check_classes, create_model
+
+    data = _open(parser, options)
+    try:
+        state, metadata = checkpoint.read_weights(options.evaluate)
+        named = metadata.get("model", "")
+        # The file may name a model of this package, timm or torchvision, but no other code: that --student names.
+        name = options.student if "--student" in options.given or not checkpoint.is_known(named) else named
+        model = create_model(name, data.in_channels, int(metadata.get("classes", data.classes)))
+        checkpoint.load_weights(model, state, options.evaluate)
+        check_classes("checkpoint's", name, model, data.in_channels, data.size, data.classes)
+        mean, std = (
+            getattr(options, key) or [float(x) for x in metadata.get(key, "").split()] for key in ("mean", "std")
+        )
+        data = data.with_statistics(mean, std)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --evaluate: {error}")
+    torch.set_num_threads(options.threads)
+    device = _pick_device(parser, options)
+    loader = plain_loader(data.test, workers=options.workers)
+    correct, seen = count_correct(model.to(device), loader, device, data.normalized)
+    print(f"{options.evaluate}: {int(correct)} of {seen} test images of {data.name} ({int(correct) / seen:.2%})")
+    return 0
 
 
 if __name__ == "__main__":

@@ -39,19 +39,12 @@ def train_one_epoch(
     """
     teacher.eval()
     student.train()
-    means = _Means()
+    means = Means()
     for batch in loader:
         real, virtual, labels = (x.to(device, non_blocking=True) for x in batch)
-        with torch.no_grad():
-            teacher_logits = both_views(teacher, real, virtual)
-        logits = both_views(student, real, virtual)
-        if isinstance(loss_fn, VRMLoss):
-            loss, terms = loss_fn(*logits, *teacher_logits, labels, return_terms=True)
-            terms = _kept_fractions(terms, *logits[0].shape, loss_fn.relations == "complete")
-        else:
-            loss, terms = loss_fn(*logits, *teacher_logits, labels), {}
+        loss, terms = distillation_loss(teacher, student, real, virtual, labels, loss_fn)
         _step(loss, optimizer)
-        means.add({"loss": loss.detach(), **terms}, labels.shape[0])
+        means.add({"loss": loss, **terms}, labels.shape[0])
     return means.read()
 
 
@@ -80,16 +73,47 @@ def train_alone_one_epoch(
     if views not in ("real", "both"):
         raise ValueError(f"views must be 'real' or 'both', got {views!r}")
     model.train()
-    means = _Means()
+    means = Means()
     for batch in loader:
         real, virtual, labels = (x.to(device, non_blocking=True) for x in batch)
-        logits = (model(real),) if views == "real" else both_views(model, real, virtual)
-        # Of one view, zip leaves out ce_virtual.
-        terms = {name: F.cross_entropy(x, labels) for name, x in zip(("ce_real", "ce_virtual"), logits, strict=False)}
-        loss = sum(terms.values())
+        loss, terms = cross_entropy_loss(model, real, virtual, labels, views)
         _step(loss, optimizer)
-        means.add({name: x.detach() for name, x in {"loss": loss, **terms}.items()}, labels.shape[0])
+        means.add({"loss": loss, **terms}, labels.shape[0])
     return means.read()
+
+
+def distillation_loss(
+    teacher: nn.Module,
+    student: nn.Module,
+    real: Tensor,
+    virtual: Tensor,
+    labels: Tensor,
+    loss_fn: Callable[..., Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``loss_fn`` of one batch, and of a ``VRMLoss`` its terms and the kept fractions, detached; arguments as above."""
+    with torch.no_grad():
+        teacher_logits = both_views(teacher, real, virtual)
+    logits = both_views(student, real, virtual)
+    if not isinstance(loss_fn, VRMLoss):
+        return loss_fn(*logits, *teacher_logits, labels), {}
+    loss, terms = loss_fn(*logits, *teacher_logits, labels, return_terms=True)
+    samples, classes = logits[0].shape
+    if loss_fn.gather_distributed and torch.distributed.is_initialized():
+        samples *= torch.distributed.get_world_size(loss_fn.process_group)
+    return loss, _kept_fractions(terms, samples, classes, loss_fn.relations == "complete")
+
+
+def cross_entropy_loss(
+    model: nn.Module, real: Tensor, virtual: Tensor, labels: Tensor, views: str, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The cross-entropy of one batch and its terms, detached; arguments as for :func:`train_alone_one_epoch`."""
+    logits = (model(real),) if views == "real" else both_views(model, real, virtual)
+    terms = {
+        name: F.cross_entropy(x.float(), labels, label_smoothing=label_smoothing)
+        # Of one view, zip leaves out ce_virtual.
+        for name, x in zip(("ce_real", "ce_virtual"), logits, strict=False)
+    }
+    return sum(terms.values()), {name: x.detach() for name, x in terms.items()}
 
 
 @torch.no_grad()
@@ -104,17 +128,32 @@ def validate(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], device: tor
     Raises:
         ValueError: the loader gave no sample.
     """
+    correct, seen = count_correct(model, loader, device)
+    if seen == 0:
+        raise ValueError("validate: the loader gave no sample")
+    return correct.item() / seen
+
+
+@torch.no_grad()
+def count_correct(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, ...]],
+    device: torch.device | str,
+    prepare: Callable[[Tensor], Tensor] = lambda images: images,
+) -> tuple[Tensor, int]:
+    """How many of the loader's samples ``model`` gets right (a scalar on ``device``), and how many there are.
+
+    ``prepare`` is applied to the images on the device; otherwise as :func:`validate`.
+    """
     was_training = model.training
     model.eval()
     correct, seen = torch.zeros((), dtype=torch.int64, device=device), 0
     for batch in loader:
         images, labels = batch[0].to(device, non_blocking=True), batch[-1].to(device, non_blocking=True)
-        correct += (model(images).argmax(1) == labels).sum()
+        correct += (model(prepare(images)).argmax(1) == labels).sum()
         seen += labels.shape[0]
     model.train(was_training)
-    if seen == 0:
-        raise ValueError("validate: the loader gave no sample")
-    return correct.item() / seen
+    return correct, seen
 
 
 def both_views(model: nn.Module, real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,19 +178,21 @@ def _kept_fractions(terms: dict[str, Tensor], samples: int, classes: int, comple
     return {**terms, **fractions}
 
 
-class _Means:
+class Means:
     """Sample-weighted means of scalars that stay on their device until they are read."""
 
     def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
+        self.names: list[str] = []
         self.total: Tensor | None = None
         self.samples = 0
 
-    def add(self, scalars: dict[str, Tensor], samples: int) -> None:
-        self.names = tuple(scalars)
-        weighted = torch.stack([x.double() for x in scalars.values()]) * samples
-        self.total = weighted if self.total is None else self.total + weighted
+    def add(self, scalars: dict[str, Tensor], samples: int) -> Tensor:
+        """Count these scalars for so many samples; the scalars in one float64 tensor."""
+        self.names = list(scalars)
+        values = torch.stack([x.detach().double() for x in scalars.values()])
+        self.total = values * samples if self.total is None else self.total + values * samples
         self.samples += samples
+        return values
 
     def read(self) -> dict[str, float]:
         if self.total is None:

@@ -1,70 +1,37 @@
-"""The whole run: a teacher, then for every seed the same student alone and distilled, logged epoch by epoch."""
+"""The whole run: a teacher, then for every seed the same student alone and distilled, resumable at any moment."""
 
-import csv
-import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 import vrm_kernels
 from vrm_kernels import VRMLoss
-from vrm_kernels.distill.checkpoint import save_checkpoint
-from vrm_kernels.distill.data import ImageData, dual_view_loader, plain_loader
-from vrm_kernels.distill.engine import train_alone_one_epoch, train_one_epoch, validate
+from vrm_kernels.distill import checkpoint
+from vrm_kernels.distill.data import ImageData, plain_loader
+from vrm_kernels.distill.engine import count_correct, cross_entropy_loss, distillation_loss
+from vrm_kernels.distill.log import Log, progress_bar
 from vrm_kernels.distill.models import create_model, parameter_count
-from vrm_kernels.distill.timing import StepTime, time_steps
+from vrm_kernels.distill.settings import DISTILLED, TEACHER, Settings
+from vrm_kernels.distill.timing import StepTime, time_loss, time_steps
+from vrm_kernels.distill.trainer import NonFiniteLoss, Trainer, make_optimizer
 
-TEACHER = "teacher"
-# The three ways of training one student, by their names in the log.
-METHODS = {
-    "alone_real": "student alone, real view",
-    "alone_both": "student alone, both views",
-    "distilled": "student distilled",
-}
-TERMS = ("ce_real", "ce_virtual", "inter_sample", "inter_class", "kept_inter_sample", "kept_inter_class")
-FIELDS = ("run", "method", "seed", "epoch", "train_loss", *TERMS, "validation_accuracy", "test_accuracy", "seconds")
 # What a run leaves in its folder.
 LOG = "log.csv"
 CURVES = "curves.png"
 SUMMARY = "summary.md"
+CONFIG = "config.yaml"
+STATE = "resume.pt"
 STUDENT_CHECKPOINT = "student.safetensors"
 TEACHER_CHECKPOINT = "teacher.safetensors"
-OUTPUTS = (LOG, CURVES, SUMMARY, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
-
-WEIGHT_DECAY = 1e-4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What ``vrm-distill`` takes; its help says what each means."""
-
-    dataset: str
-    train_images: int
-    teacher: str
-    student: str
-    teacher_epochs: int
-    teacher_lr: float
-    epochs: int
-    batch_size: int
-    lr: float
-    alpha: float
-    beta: float
-    percentile: float
-    backend: str
-    seed: int
-    seeds: int
-    device: torch.device
-    output_dir: Path
-
-    @property
-    def all_seeds(self) -> range:
-        return range(self.seed, self.seed + self.seeds)
+OUTPUTS = (LOG, CURVES, SUMMARY, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
 
 
 @dataclass(frozen=True)
@@ -72,6 +39,7 @@ class Result:
     """``rows`` are the log's; ``best_seed`` is that of the distilled student that was saved."""
 
     rows: list[dict]
+    train_images: int
     test_images: int
     teacher_parameters: int
     student_parameters: int
@@ -85,176 +53,273 @@ class Result:
         return [last[seed] for seed in sorted(last)]
 
 
-class NonFiniteLoss(RuntimeError):
-    """Training diverged."""
+class Diverged(RuntimeError):
+    """A loss became NaN or infinite; the message says where, and what to do."""
 
 
-def run(settings: Settings, data: ImageData, console: Console) -> Result:
+def run(
+    settings: Settings,
+    data: ImageData,
+    console: Console,
+    accelerator: Accelerator,
+    teacher: nn.Module | None = None,
+    resume: dict[str, Any] | None = None,
+) -> Result | None:
     """Train everything, writing the log epoch by epoch and the checkpoints as they come.
 
+    Args:
+        teacher: a trained one; ``None`` trains it first.
+        resume: what :func:`read_state` found of an interrupted run.
+
+    Returns:
+        The result, in the first process; ``None`` in the others.
+
     Raises:
-        NonFiniteLoss: a loss became NaN or infinite; what was written so far stays.
+        Diverged: a loss became NaN or infinite; what was written so far stays.
         OSError: a file could not be written; likewise.
     """
-    started = time.perf_counter()
-    with _Log(settings.output_dir / LOG) as log, _progress(console) as progress:
-        trainer = _Trainer(settings, data, log, progress)
-
-        trainer.bar = progress.add_task(TEACHER, total=settings.teacher_epochs)
-        teacher = trainer.new_model(settings.teacher, settings.seed)
-        last = trainer.train(TEACHER, settings.seed, teacher)
-        trainer.save(TEACHER_CHECKPOINT, settings.teacher, teacher, last)
-        console.print(f"teacher: {last['test_accuracy']:.1%} of the test images")
-
-        best, best_student = None, None
-        trainer.bar = progress.add_task("students", total=settings.seeds * len(METHODS) * settings.epochs)
-        for seed in settings.all_seeds:
-            initial = trainer.new_model(settings.student, seed)
-            accuracies = []
-            for method, title in METHODS.items():
-                short = title.removeprefix("student ")
-                progress.update(trainer.bar, description=f"seed {seed} {short}")
-                student = deepcopy(initial)
-                last = trainer.train(method, seed, student, teacher)
-                accuracies.append(f"{short} {last['test_accuracy']:.1%}")
-                # Which student to save is chosen by the validation images: the test images only judge.
-                if method == "distilled" and (
-                    best is None or last["validation_accuracy"] > best["validation_accuracy"]
-                ):
-                    best, best_student = last, student
-                    trainer.save(STUDENT_CHECKPOINT, settings.student, student, last)
-            console.print(f"seed {seed}: {'; '.join(accuracies)}")
-        training_seconds = time.perf_counter() - started
-        progress.update(trainer.bar, description="students")
-        step_time = trainer.time_steps(teacher, best_student)
-
-    return Result(
-        rows=log.rows,
-        test_images=len(data.test),
-        teacher_parameters=parameter_count(teacher),
-        student_parameters=parameter_count(best_student),
-        best_seed=best["seed"],
-        step_time=step_time,
-        training_seconds=training_seconds,
-    )
+    return _Run(settings, data, console, accelerator, teacher, resume or {}).run()
 
 
-class _Trainer:
-    """Trains one model after another on the same data, order and augmentations, given the seed."""
+def read_state(settings: Settings) -> dict[str, Any] | None:
+    """The checkpoint of an interrupted run in ``settings.output_dir``, or ``None`` if it came to none.
 
-    def __init__(self, settings: Settings, data: ImageData, log: "_Log", progress: Progress) -> None:
-        self.settings, self.data, self.log, self.progress = settings, data, log, progress
-        self.bar = None
-        self.validation, self.test = plain_loader(data.validation), plain_loader(data.test)
-        self.loss_fn = VRMLoss(
-            settings.alpha,
-            settings.beta,
-            unreliable_pruning_percentile=settings.percentile,
-            backend=settings.backend,
+    Raises:
+        ValueError: the checkpoint cannot be read, or is of a run with other settings, which are named.
+    """
+    path = settings.output_dir / STATE
+    if not path.exists():
+        return None
+    state = checkpoint.load_state(path)
+    if differences := settings.differences(state.get("settings", {})):
+        raise ValueError(f"{path} is of another run: {'; '.join(differences)}")
+    return state
+
+
+class _Run:
+    def __init__(self, settings, data, console, accelerator, teacher, resume) -> None:
+        self.settings, self.data, self.console, self.accelerator = settings, data, console, accelerator
+        self.main, self.folder = accelerator.is_main_process, settings.output_dir
+        self.resume, self.teacher = resume, teacher
+        self.best: dict[str, Any] | None = resume.get("best")
+        self.seconds: float = resume.get("seconds", 0.0)
+        self.saved: str | None = None
+        shards = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": settings.workers}
+        self.judges = {
+            "validation_accuracy": plain_loader(data.validation, **shards),
+            "test_accuracy": plain_loader(data.test, **shards),
+        }
+        self.tasks = [] if teacher is not None else [(TEACHER, settings.seed)]
+        self.tasks += [(method, seed) for seed in settings.all_seeds for method in settings.methods]
+
+    def run(self) -> Result | None:
+        settings = self.settings
+        if self.main:
+            for name in OUTPUTS:
+                checkpoint.remove_leftovers(self.folder / name)
+        if self.main and not self.resume:
+            with (self.folder / CONFIG).open("w") as file:
+                yaml.safe_dump(settings.plain(), file, sort_keys=False)
+        events = self.folder / "tensorboard" if settings.tensorboard else None
+        done = self.resume.get("task", 0)
+        with (
+            Log(self.folder / LOG if self.main else Path("/dev/null"), self.resume.get("rows", ()), events) as self.log,
+            progress_bar(self.console) as self.progress,
+        ):
+            if self.teacher is not None and not self.log.rows:
+                self.log.add({**self._row(TEACHER, settings.seed, 0), **self._accuracies(self.teacher)})
+            elif self.teacher is None and done:
+                self.teacher = self._reload(settings.teacher, TEACHER_CHECKPOINT)
+            total = sum(self._epochs(method) for method, _ in self.tasks)
+            finished = sum(self._epochs(method) for method, _ in self.tasks[:done])
+            self.bar = self.progress.add_task(TEACHER, total=total, completed=finished)
+            for number in range(done, len(self.tasks)):
+                self._task(number, self.resume.get("trainer") if number == done else None)
+            if not self.main:
+                return None
+            self.progress.update(self.bar, description="timing the loss")
+            return self._result()
+
+    def _task(self, number: int, state: dict[str, Any] | None) -> None:
+        """Train one model, from ``state`` if it was interrupted, and save it if it is to be kept."""
+        (method, seed), settings = self.tasks[number], self.settings
+        self.progress.update(self.bar, description=method if method == TEACHER else f"seed {seed} {method}")
+        name, lr = (settings.teacher, settings.teacher_lr) if method == TEACHER else (settings.student, settings.lr)
+        trainer = Trainer(
+            self.accelerator,
+            self._new_model(name, seed),
+            self.data,
+            settings,
+            self._objective(method),
+            epochs=self._epochs(method),
+            lr=lr,
+            seed=seed,
+            virtual=method != "alone_real",
         )
+        if state is not None:
+            trainer.load_state(state)
+            self.progress.advance(self.bar, trainer.at.epoch)
+        started = time.perf_counter() - self.seconds
 
-    def new_model(self, name: str, seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return create_model(name, self.data.in_channels, self.data.classes).to(self.settings.device)
+        def save() -> None:
+            self.seconds = time.perf_counter() - started
+            if not trainer.parameters_finite():
+                raise NonFiniteLoss(["a weight"], trainer.at.epoch + 1, trainer.at.step)
+            where = f"epoch {trainer.at.epoch + 1}, step {trainer.at.step} of {method}, seed {seed}"
+            self._save_state(number, trainer.state(), where)
 
-    def train(self, method: str, seed: int, model: nn.Module, teacher: nn.Module | None = None) -> dict:
-        """Train ``model`` in place; the log's row of its last epoch."""
-        settings, device = self.settings, self.settings.device
-        epochs, lr = (
-            (settings.teacher_epochs, settings.teacher_lr) if method == TEACHER else (settings.epochs, settings.lr)
-        )
-        loader = self._loader(seed)
-        optimizer = _optimizer(model.parameters(), lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
-        for epoch in range(1, epochs + 1):
-            start = time.perf_counter()
-            if method == "distilled":
-                means = train_one_epoch(teacher, model, loader, self.loss_fn, optimizer, device)
-            else:
-                views = "real" if method == "alone_real" else "both"
-                means = train_alone_one_epoch(model, loader, optimizer, device, views=views)
-            seconds = time.perf_counter() - start
-            schedule.step()
-            loss = means.pop("loss")
-            row = {
-                "run": settings.output_dir.name,
-                "method": method,
-                "seed": seed,
-                "epoch": epoch,
-                "train_loss": loss,
-                **means,
-                "validation_accuracy": validate(model, self.validation, device),
-                "test_accuracy": validate(model, self.test, device),
-                "seconds": seconds,
-            }
+        while not trainer.finished:
+            row = self._row(method, seed, trainer.at.epoch + 1)
+            row["lr"] = float(trainer.optimizer.param_groups[0]["lr"])
+            try:
+                means = trainer.epoch(save)
+            except NonFiniteLoss as error:
+                flag = "--teacher-lr" if method == TEACHER else "--lr"
+                last = f"the last good checkpoint is of {self.saved}" if self.saved else "no checkpoint was due before"
+                raise Diverged(
+                    f"{error} ({method}, seed {seed}); {last}: try a smaller {flag} than {lr:g}, a longer "
+                    f"--relation-warmup, or --precision no"
+                ) from error
+            row["train_loss"] = means.pop("loss", None)
+            row |= means
+            if method == DISTILLED:
+                steps = trainer.batches.steps
+                row["loss_share"] = self._loss_share(trainer.at.seconds / steps)
+            row |= self._accuracies(trainer.result)
+            row["seconds"] = trainer.at.seconds
             self.log.add(row)
+            trainer.next_epoch()
             self.progress.advance(self.bar)
-            if not math.isfinite(loss):
-                terms = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-                raise NonFiniteLoss(
-                    f"the loss became {loss} ({method}, seed {seed}, epoch {epoch}; {terms}): try a smaller "
-                    f"{'--teacher-lr' if method == TEACHER else '--lr'} than {lr:g}"
-                )
-        return row
+        self.seconds = time.perf_counter() - started
+        self._keep(method, seed, trainer.close(), self.log.rows[-1])
+        self._save_state(number + 1, None, f"the end of {method}, seed {seed}")
 
-    def save(self, file: str, name: str, model: nn.Module, last: dict) -> None:
+    def _keep(self, method: str, seed: int, model: nn.Module, last: dict[str, Any]) -> None:
+        """Save the teacher, and the distilled student that is best so far."""
+        if method == TEACHER:
+            self.teacher = model
+            self.console.print(f"teacher: {last['test_accuracy']:.1%} of the test images")
+            self._save(TEACHER_CHECKPOINT, self.settings.teacher, model, last)
+        # Which student to save is chosen by the validation images: the test images only judge.
+        elif method == DISTILLED and (
+            self.best is None or last["validation_accuracy"] > self.best["validation_accuracy"]
+        ):
+            self.best = last
+            self._save(STUDENT_CHECKPOINT, self.settings.student, model, last)
+        if method == list(self.settings.methods)[-1]:
+            ends = {r["method"]: r["test_accuracy"] for r in self.log.rows if r["seed"] == seed}
+            words = [f"{title.removeprefix('student ')} {ends[m]:.1%}" for m, title in self.settings.methods.items()]
+            self.console.print(f"seed {seed}: {'; '.join(words)}")
+
+    def _objective(self, method: str):
+        settings = self.settings
+        if method != DISTILLED:
+            views = "real" if method == "alone_real" else "both"
+            return lambda model, real, virtual, labels, _: cross_entropy_loss(
+                model, real, virtual, labels, views, settings.label_smoothing
+            )
+        self.loss_fn = make_loss(settings)
+        teacher = self.teacher.eval()
+
+        def objective(model, real, virtual, labels, progress):
+            warm = min(1.0, progress / settings.relation_warmup) if settings.relation_warmup else 1.0
+            self.loss_fn.alpha, self.loss_fn.beta = settings.alpha * warm, settings.beta * warm
+            with self.accelerator.autocast():
+                return distillation_loss(teacher, model, real, virtual, labels, self.loss_fn)
+
+        return objective
+
+    def _accuracies(self, model: nn.Module) -> dict[str, float]:
+        accuracies = {}
+        for name, loader in self.judges.items():
+            correct, seen = count_correct(model, loader, self.accelerator.device, self.data.normalized)
+            counts = torch.tensor([correct, seen], dtype=torch.float64, device=self.accelerator.device)
+            correct, seen = self.accelerator.reduce(counts, "sum").tolist()
+            accuracies[name] = correct / seen
+        return accuracies
+
+    def _row(self, method: str, seed: int, epoch: int) -> dict[str, Any]:
+        return {"run": self.folder.name, "method": method, "seed": seed, "epoch": epoch}
+
+    def _epochs(self, method: str) -> int:
+        return self.settings.teacher_epochs if method == TEACHER else self.settings.epochs
+
+    def _new_model(self, name: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return create_model(name, self.data.in_channels, self.data.classes).to(self.accelerator.device)
+
+    def _reload(self, name: str, file: str) -> nn.Module:
+        model, _ = checkpoint.load_checkpoint(self.folder / file, self._new_model(name, self.settings.seed).cpu())
+        return model.to(self.accelerator.device)
+
+    def _save(self, file: str, name: str, model: nn.Module, last: dict) -> None:
         data = self.data
         metadata = {
             "model": name,
             "in_channels": data.in_channels,
             "classes": data.classes,
             "dataset": data.name,
-            "mean": data.mean,
-            "std": data.std,
+            "size": f"{data.size[0]} {data.size[1]}",
+            "mean": " ".join(map(str, data.mean)),
+            "std": " ".join(map(str, data.std)),
             "vrm_kernels": vrm_kernels.__version__,
         }
         metadata |= {key: last[key] for key in ("method", "seed", "epoch", "validation_accuracy", "test_accuracy")}
-        save_checkpoint(self.settings.output_dir / file, model, metadata)
+        if self.main:
+            checkpoint.save_checkpoint(self.folder / file, model, metadata)
 
-    def time_steps(self, teacher: nn.Module, student: nn.Module) -> StepTime:
-        settings = self.settings
-        loader = self._loader(settings.seed)
-        return time_steps(teacher, student, loader, self.loss_fn, lambda p: _optimizer(p, settings.lr), settings.device)
+    def _save_state(self, task: int, trainer: dict[str, Any] | None, where: str) -> None:
+        if self.main:
+            state = {
+                "settings": self.settings.plain(),
+                "task": task,
+                "trainer": trainer,
+                "rows": self.log.rows,
+                "best": self.best,
+                "seconds": self.seconds,
+            }
+            checkpoint.save_state(self.folder / STATE, state)
+        self.saved = f"{where}, in {self.folder / STATE}"
 
-    def _loader(self, seed: int):
-        # Seeded afresh for each model: every method of a seed sees the same augmented batches in the same order.
-        torch.manual_seed(seed)
-        return dual_view_loader(self.data, self.settings.batch_size, seed)
+    def _loss_share(self, step_seconds: float) -> float:
+        samples = self.settings.batch_size // self.accelerator.num_processes // self.settings.accumulate
+        seconds = time_loss(self.loss_fn, samples, self.data.classes, self.accelerator.device)
+        return min(1.0, seconds * self.settings.accumulate / step_seconds)
+
+    def _result(self) -> Result:
+        settings, device = self.settings, self.accelerator.device
+        student = self._reload(settings.student, STUDENT_CHECKPOINT)
+        # Of this process alone: the others have finished.
+        loss_fn = make_loss(settings)
+        loss_fn.gather_distributed = False
+        step_time = time_steps(
+            self.teacher,
+            deepcopy(student),
+            self.data,
+            settings,
+            loss_fn,
+            lambda model: make_optimizer(model, settings, settings.lr),
+            device,
+        )
+        return Result(
+            rows=self.log.rows,
+            train_images=len(self.data.train),
+            test_images=len(self.data.test),
+            teacher_parameters=parameter_count(self.teacher),
+            student_parameters=parameter_count(student),
+            best_seed=self.best["seed"],
+            step_time=step_time,
+            training_seconds=self.seconds,
+        )
 
 
-def _optimizer(parameters, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
-
-
-class _Log:
-    """The CSV log, one row an epoch, each on disk as soon as it is added."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, []
-
-    def __enter__(self) -> "_Log":
-        # Mode "x": a run never overwrites another's log, however it came to share its folder.
-        self._file = self.path.open("x", newline="")
-        self._writer = csv.DictWriter(self._file, FIELDS, restval="")
-        self._writer.writeheader()
-        return self
-
-    def add(self, row: dict) -> None:
-        self.rows.append(row)
-        self._writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self._file.flush()
-
-    def __exit__(self, *_) -> None:
-        self._file.close()
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<24}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
+def make_loss(settings: Settings) -> VRMLoss:
+    return VRMLoss(
+        settings.alpha,
+        settings.beta,
+        unreliable_pruning_percentile=settings.percentile,
+        relations=settings.relations,
+        label_smoothing=settings.label_smoothing,
+        backend=settings.backend,
+        gather_distributed=settings.gather_distributed,
     )

@@ -1,7 +1,6 @@
 """What a run says at its end: a table, a sentence on the loss's share of a step, and a picture of the curves."""
 
 import statistics
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vrm_kernels import __version__, backends
-from vrm_kernels.distill.recipe import METHODS, TEACHER, Result, Settings
+from vrm_kernels.distill.recipe import Result
+from vrm_kernels.distill.settings import DISTILLED, TEACHER, Settings
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the dashes tell them apart in grey.
 STYLES = {
@@ -28,7 +28,9 @@ def table(settings: Settings, result: Result) -> Table:
     for column in ("parameters", "test accuracy"):
         rows.add_column(column, justify="right")
     models = [(TEACHER, TEACHER, settings.teacher, result.teacher_parameters)]
-    models += [(method, title, settings.student, result.student_parameters) for method, title in METHODS.items()]
+    models += [
+        (method, title, settings.student, result.student_parameters) for method, title in settings.methods.items()
+    ]
     for method, title, network, parameters in models:
         rows.add_row(title, network, f"{parameters:,}", accuracy(result.final_accuracies(method)))
     return rows
@@ -41,21 +43,32 @@ def accuracy(values: list[float]) -> str:
 
 def sentences(settings: Settings, result: Result) -> list[str]:
     """What the table does not say: what was measured, the gain, and the price."""
-    alone, distilled = (result.final_accuracies(method) for method in ("alone_both", "distilled"))
-    gains = [100 * (d - a) for d, a in zip(distilled, alone, strict=True)]
     seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds: mean ± standard deviation"
     time = result.step_time
-    backend = backends.resolve(settings.backend, settings.device)
-    return [
+    backend = backends.resolve(settings.backend, torch.device(settings.device))
+    said = [
         f"Accuracy on {result.test_images} held-out images after the last epoch, not the best one; students over "
-        f"{seeds}. All methods of a seed share their first weights, batches and augmentations.",
-        f"Distilled against alone on both views: {statistics.fmean(gains):+.1f} points "
-        f"(by seed {' '.join(f'{gain:+.1f}' for gain in gains)}).",
-        f"A distillation step takes {1e3 * time.step:.2f} ms, the loss {1e3 * time.loss:.2f} ms of it "
-        f"({time.share:.0%}, backend {backend}). With the eager class (backend reference) the loss takes "
-        f"{1e3 * time.eager_loss:.2f} ms: {time.eager_share:.0%} of a step of {1e3 * time.eager_step:.2f} ms. "
-        f"Medians, {settings.batch_size} samples a batch.",
+        f"{seeds}. All methods of a seed share their first weights, batches and augmentations."
     ]
+    if "alone_both" in settings.methods:
+        alone, distilled = (result.final_accuracies(method) for method in ("alone_both", DISTILLED))
+        gains = [100 * (d - a) for d, a in zip(distilled, alone, strict=True)]
+        said.append(
+            f"Distilled against alone on both views: {statistics.fmean(gains):+.1f} points "
+            f"(by seed {' '.join(f'{gain:+.1f}' for gain in gains)})."
+        )
+    eager = ""
+    if time.eager_loss is not None:
+        eager = (
+            f"With the eager class (backend reference) the loss takes {1e3 * time.eager_loss:.2f} ms: "
+            f"{time.eager_share:.0%} of a step of {1e3 * time.eager_step:.2f} ms. "
+        )
+    said.append(
+        f"A distillation step takes {1e3 * time.step:.2f} ms, the loss {1e3 * time.loss:.2f} ms of it "
+        f"({time.share:.0%}, backend {backend}). {eager}Medians, {settings.batch_size // settings.accumulate} samples "
+        f"a batch."
+    )
+    return said
 
 
 def write_summary(path: Path, settings: Settings, result: Result) -> None:
@@ -63,7 +76,10 @@ def write_summary(path: Path, settings: Settings, result: Result) -> None:
     with path.open("w") as file:
         console = Console(file=file, width=120, highlight=False)
         console.print(table(settings, result))
-        made_by = ", ".join(f"{name} {value}" for name, value in asdict(settings).items() if name != "output_dir")
+        # A setting that was left alone and means nothing here is no news.
+        told = {name: value for name, value in settings.plain().items() if name != "output_dir"}
+        default = Settings().plain()
+        made_by = ", ".join(f"{n} {v}" for n, v in told.items() if v not in (None, False, []) or v != default[n])
         made_by += f", vrm_kernels {__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
         for sentence in (*sentences(settings, result), f"Settings: {made_by}."):
             console.print("\n" + sentence, soft_wrap=True)
@@ -76,7 +92,7 @@ def plot_curves(path: Path, settings: Settings, result: Result) -> None:
 
     figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)
-    for method, title in METHODS.items():
+    for method, title in settings.methods.items():
         color, dashes = STYLES[method]
         for axes, field, scale in ((left, "test_accuracy", 100), (right, "ce_real", 1)):
             epochs, mean, spread = _by_epoch(result.rows, method, field, scale)
@@ -99,10 +115,10 @@ def plot_curves(path: Path, settings: Settings, result: Result) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    _zoom(left, result, teacher)
+    _zoom(left, settings, result, teacher)
     left.legend(loc="lower right", frameon=False)
     figure.suptitle(
-        f"{settings.dataset}, {settings.train_images} training images: {settings.student} "
+        f"{settings.dataset}, {result.train_images} training images: {settings.student} "
         f"({result.student_parameters:,} parameters) beside {settings.teacher} ({result.teacher_parameters:,}); "
         + ("1 seed" if settings.seeds == 1 else f"mean of {settings.seeds} seeds, band: ± 1 standard deviation"),
         fontsize=10.5,
@@ -120,8 +136,8 @@ def _by_epoch(rows: list[dict], method: str, field: str, scale: float) -> tuple[
     return list(values), mean, spread
 
 
-def _zoom(axes, result: Result, teacher: float) -> None:
+def _zoom(axes, settings: Settings, result: Result, teacher: float) -> None:
     """Leave the first epochs' climb out of the picture where the end is what there is to see."""
-    finals = [100 * value for method in METHODS for value in result.final_accuracies(method)]
+    finals = [100 * value for method in settings.methods for value in result.final_accuracies(method)]
     low, high = min([*finals, teacher]), max([*finals, teacher])
     axes.set_ylim(max(0.0, low - max(12.0, 2 * (high - low))), min(100.5, high + 2))

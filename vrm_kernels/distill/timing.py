@@ -2,25 +2,32 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vrm_kernels.distill.engine import Batches, both_views
+from vrm_kernels.distill.data import ImageData, ShardedBatches, Views, batches_loader
+from vrm_kernels.distill.engine import both_views
+from vrm_kernels.distill.settings import Settings
 from vrm_kernels.loss import VRMLoss
+
+# The eager class stores a dozen tensors of this many numbers, 1 GiB each.
+_EAGER_ELEMENTS = 2**28
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Median seconds of a training step, of its loss (forward, and backward to the logits), and of the eager loss."""
+    """Median seconds of a training step, of its loss (forward, and backward to the logits), and of the eager loss.
+
+    ``eager_loss`` is ``None`` where its pairwise tensors were too large to try.
+    """
 
     step: float
     loss: float
-    eager_loss: float
+    eager_loss: float | None
 
     @property
     def share(self) -> float:
@@ -38,33 +45,41 @@ class StepTime:
 def time_steps(
     teacher: nn.Module,
     student: nn.Module,
-    loader: Batches,
+    data: ImageData,
+    settings: Settings,
     loss_fn: VRMLoss,
-    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
     device: torch.device,
     *,
     steps: int = 40,
     warm_up: int = 5,
+    seconds: float = 20.0,
 ) -> StepTime:
-    """Time distillation steps: batch, teacher, student, loss, backward and optimiser.
+    """Time distillation steps: batch, views, teacher, student, loss, backward and optimiser; ``student`` is changed.
 
-    The steps are those of :func:`vrm_kernels.distill.train_one_epoch`, taken on a copy of ``student``, except that the
-    backward pass stops at the logits for a moment, so that the loss's share of it can be told apart. The eager loss
-    runs on the same logits in the same step, outside the clock of the step.
+    The steps are those of a training in float32 in one process, except that the backward pass stops at the logits for a
+    moment, so that the loss's share of it can be told apart. The eager loss runs on the same logits in the same step,
+    outside the clock of the step, unless its pairwise tensors would be too large.
 
     Args:
-        loader: at least one batch ``(real, virtual, labels)``; gone through as often as ``steps`` needs.
+        steps, warm_up, seconds: so many steps after the first few, or fewer if they take longer than that.
     """
-    student = deepcopy(student).train()
+    student.train()
     teacher.eval()
-    optimizer = make_optimizer(student.parameters())
+    optimizer = make_optimizer(student)
     eager = deepcopy(loss_fn)
     eager.backend = "reference"
-    batches = _endless(loader)
-    seconds: list[tuple[float, float, float]] = []
-    for _ in range(warm_up + steps):
+    samples, classes = settings.batch_size // settings.accumulate, data.classes
+    affordable = samples * classes * max(samples, classes) <= _EAGER_ELEMENTS
+    batches = ShardedBatches(len(data.train), samples, settings.seed)
+    batches = _endless(batches_loader(data.train, batches, settings.workers))
+    views = Views(data, settings.augment)
+    times: list[tuple[float, float, float]] = []
+    begun = time.perf_counter()
+    while len(times) < warm_up + steps and (len(times) <= warm_up or time.perf_counter() - begun < seconds):
         start = _now(device)
-        real, virtual, labels = (x.to(device) for x in next(batches))
+        images, labels = (x.to(device) for x in next(batches))
+        real, virtual = views(images)
         with torch.no_grad():
             teacher_logits = both_views(teacher, real, virtual)
         logits = both_views(student, real, virtual)
@@ -75,9 +90,21 @@ def time_steps(
         torch.autograd.backward(logits, gradients)
         optimizer.step()
         end = _now(device)
-        _logit_gradients(eager, logits, teacher_logits, labels)
-        seconds.append((end - start, loss_end - loss_start, _now(device) - end))
-    return StepTime(*(statistics.median(column) for column in zip(*seconds[warm_up:], strict=True)))
+        if affordable:
+            _logit_gradients(eager, logits, teacher_logits, labels)
+        times.append((end - start, loss_end - loss_start, _now(device) - end))
+    step, loss, eager_loss = (statistics.median(column) for column in zip(*times[warm_up:], strict=True))
+    return StepTime(step, loss, eager_loss if affordable else None)
+
+
+def time_loss(loss_fn: VRMLoss, samples: int, classes: int, device: torch.device) -> float:
+    """Seconds that the loss takes on random logits of a batch like the training's, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(samples, classes, generator=generator).to(device) for _ in range(4)]
+    labels = torch.arange(samples, device=device) % classes
+    start = _now(device)
+    _logit_gradients(loss_fn, logits[:2], logits[2:], labels)
+    return _now(device) - start
 
 
 def _logit_gradients(loss_fn, logits, teacher_logits, labels) -> list[Tensor]:
@@ -86,7 +113,7 @@ def _logit_gradients(loss_fn, logits, teacher_logits, labels) -> list[Tensor]:
     return [x.grad for x in leaves]
 
 
-def _endless(loader: Batches) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _endless(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         yield from loader
 

@@ -1,0 +1,111 @@
+"""The comparison: each baseline is its paper's formula, and the command goes on where it was stopped."""
+
+import math
+
+import distill_helpers  # noqa: F401 (skips these tests without the extra)
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vrm_kernels.distill import compare, losses
+
+B, C, T = 7, 5, 4.0
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(B, C, dtype=torch.float64), torch.randn(B, C, dtype=torch.float64), torch.arange(B) % C
+
+
+def test_kd_is_hintons(logits):
+    s, t, y = logits
+    p, q = (s / T).softmax(1), (t / T).softmax(1)
+    expected = sum(q[i, c] * math.log(q[i, c] / p[i, c]) for i in range(B) for c in range(C)) / B * T**2
+    assert float(losses.kd(s, t, y)) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_dkd_is_the_papers_and_adds_up_to_kd(logits):
+    """Equation 6: KD = TCKD + (1 - p_t of the teacher) NCKD, in each sample."""
+    s, t, y = logits
+    p, q = (s / T).softmax(1), (t / T).softmax(1)
+    tckd, nckd, total = 0.0, 0.0, 0.0
+    for i in range(B):
+        pt, qt = p[i, y[i]], q[i, y[i]]
+        target = qt * math.log(qt / pt) + (1 - qt) * math.log((1 - qt) / (1 - pt))
+        others = [c for c in range(C) if c != y[i]]
+        rest = sum(q[i, c] / (1 - qt) * math.log(q[i, c] / (1 - qt) / (p[i, c] / (1 - pt))) for c in others)
+        tckd, nckd, total = tckd + target / B, nckd + rest / B, total + (target + (1 - qt) * rest) / B
+    expected = float(T**2 * (1 * tckd + 8 * nckd))
+    assert float(losses.dkd(s, t, y)) == pytest.approx(expected, rel=1e-10)
+    assert float(T**2 * total) == pytest.approx(float(losses.kd(s, t, y)), rel=1e-10)
+
+
+def test_dist_is_the_papers(logits):
+    s, t, y = logits
+    p, q = (s / T).softmax(1), (t / T).softmax(1)
+    rows = sum(1 - torch.corrcoef(torch.stack((p[i], q[i])))[0, 1] for i in range(B)) / B
+    columns = sum(1 - torch.corrcoef(torch.stack((p[:, c], q[:, c])))[0, 1] for c in range(C)) / C
+    assert float(losses.dist(s, t, y)) == pytest.approx(float(T**2 * (2 * rows + 2 * columns)), rel=1e-9)
+
+
+def test_rkd_is_the_papers(logits):
+    s, t, y = logits
+
+    def distances(x):
+        d = torch.tensor([[float((x[i] - x[j]).norm()) for j in range(B)] for i in range(B)], dtype=torch.float64)
+        return d / (d.sum() / (B * (B - 1)))
+
+    def angles(x):
+        a = torch.zeros(B, B, B, dtype=torch.float64)
+        for j in range(B):
+            for i in range(B):
+                for k in range(B):
+                    if i != j and k != j:
+                        a[j, i, k] = F.cosine_similarity(x[i] - x[j], x[k] - x[j], dim=0)
+        return a
+
+    expected = 25 * F.smooth_l1_loss(distances(s), distances(t)) + 50 * F.smooth_l1_loss(angles(s), angles(t))
+    assert float(losses.rkd(s, t, y)) == pytest.approx(float(expected), rel=1e-8)
+
+
+@pytest.mark.parametrize("term", [losses.kd, losses.dkd, losses.dist, losses.rkd])
+def test_terms_vanish_at_the_teacher_and_have_gradients(term, logits):
+    s, t, y = logits
+    assert float(term(t, t, y)) == pytest.approx(0, abs=1e-9)
+    assert torch.autograd.gradcheck(lambda x: term(x, t, y), s.requires_grad_())
+
+
+def test_per_view_adds_both_cross_entropies(logits):
+    s, t, y = logits
+    loss = losses.PerView(losses.kd, weight=3.0)(s, t, t, s, y)
+    expected = F.cross_entropy(s, y) + F.cross_entropy(t, y) + 3 * (losses.kd(s, t, y) + losses.kd(t, s, y))
+    torch.testing.assert_close(loss, expected)
+
+
+def test_local_batch_is_the_mean_over_its_parts():
+    task = compare.TASKS["digits"]
+    tensors = [torch.randn(16, C) for _ in range(4)] + [torch.arange(16) % C]
+    whole = compare.METHODS["vrm"](task)
+    parts = [whole(*(x[i : i + 4] for x in tensors)) for i in range(0, 16, 4)]
+    torch.testing.assert_close(compare.ABLATIONS["vrm local batch"](task)(*tensors), torch.stack(parts).mean())
+
+
+def test_command_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
+    arguments = ["--train-images=100", "--epochs=1", "--teacher-epochs=1", "--seeds=2", "--batch-size=50"]
+    arguments += ["--output-dir", str(tmp_path)]
+    assert compare.main([*arguments, "--methods", "ce", "kd", "--ablate"]) == 0
+    first = compare.read(tmp_path / "compare.csv")
+    assert [(row["method"], row["seed"]) for row in first] == [("ce", "0"), ("ce", "1"), ("kd", "0"), ("kd", "1")]
+    weights = (tmp_path / "teacher-digits.safetensors").read_bytes()
+    monkeypatch.setattr(compare, "BATCH_SIZES", (25,))
+    assert compare.main([*arguments, "--ablate", "digits"]) == 0
+    rows = compare.read(tmp_path / "compare.csv")
+    assert rows[:4] == first and (tmp_path / "teacher-digits.safetensors").read_bytes() == weights
+    methods = len(compare.METHODS) + len(compare.ABLATIONS)
+    assert len(rows) == 2 * (methods + 3) and all(0 <= float(row["last"]) <= float(row["best"]) <= 1 for row in rows)
+    text = (tmp_path / "compare.md").read_text()
+    assert "| digits | vrm no pruning | 50 | 2 |" in text and "| digits | vrm | 25 | 2 |" in text
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    before = (tmp_path / "compare.csv").read_bytes()
+    assert compare.main([*arguments, "--ablate", "digits"]) == 0
+    assert (tmp_path / "compare.csv").read_bytes() == before
