@@ -39,11 +39,12 @@ PROJECTED_CLASSES = 1000
 
 def bytes_received(world: int, batch: int, classes: int, itemsize: int = 4) -> int:
     """What one process receives in a step with gradients, by docs/scaling.md; ``batch`` is the global one."""
-    others = batch * (world - 1) // world
-    gathered = 4 * others * classes * itemsize
-    scattered = 2 * others * classes * 4
+    others = batch * (world - 1) // world  # rows
+    own = classes // world  # columns
+    gathered = 2 * others * classes * itemsize + others * own * (2 * itemsize + 4)
+    gradients = others * (classes + own) * 4
     counts = 2 * 2 * 8 * sum(2**bits for bits in selection.NARROW_DIGITS[4])
-    return gathered + scattered + counts
+    return gathered + gradients + counts
 
 
 def _rows(rank: int, world: int, batch: int) -> slice:
@@ -74,11 +75,13 @@ def _worker(rank: int, world: int, folder: str, batch: int, classes: int, repeat
         group = Group(dist.group.WORLD.group_name)
         group.sizes = [batch // world] * world
         group.exchange([0.0] * 15, torch.device("cpu"))
-        waits = [group.start_gather(x.detach()[: batch // world]) for x in part]
+        real, virtual, teacher_real, teacher_virtual = (x.detach()[: batch // world] for x in part)
+        rows = [group.start_gather_rows(x) for x in (virtual, teacher_virtual)]
+        columns = [group.start_swap_columns(x) for x in (real, real, teacher_real)]
         for bits in selection.NARROW_DIGITS[4]:
             group.sum(torch.zeros(2, 2, 2**bits, dtype=torch.int64), "")
-        whole = [wait() for wait in waits]
-        for wait in [group.start_scatter(x) for x in whole[:2]]:
+        rows, columns = ([wait() for wait in waits] for waits in (rows, columns))
+        for wait in (group.start_return_columns(columns[0], real.clone()), group.start_sum_rows(rows[0])):
             wait()
         group.sum(torch.zeros(distributed.RELATION_TERMS + 3, dtype=torch.float64), "")
 

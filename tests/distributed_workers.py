@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import vrm_kernels.functional as VF
-from vrm_kernels import VRMLoss, backends, collectives, distributed
+from vrm_kernels import VRMLoss, backends, collectives, distributed  # noqa: F401  registers its operator
+from vrm_kernels import shares as share_module
 
 TIMEOUT = 6.0  # seconds of the groups whose processes die or stall
 
@@ -76,7 +77,7 @@ def parity(rank: int, world: int, cases) -> list[dict]:
     for backend, dtype, case, sizes, ce, patches in cases:
         with contextlib.ExitStack() as stack:
             for name, value in patches.items():
-                stack.enter_context(mock.patch.object(distributed, name, value))
+                stack.enter_context(mock.patch.object(share_module, name, value))
             labels = make_labels(*case.shape)
             labels[0] = VF.IGNORED_LABEL
             results.append(
@@ -205,7 +206,7 @@ def shares(rank: int, world: int, relations: str, sizes, classes: int) -> list[t
     return seen
 
 
-def traffic(rank: int, world: int, batch: int, classes: int) -> dict[str, int]:
+def traffic(rank: int, world: int, batch: int, classes: int, relations: str) -> dict[str, int]:
     """Bytes that this process receives in a step with gradients and in one without, by kind of exchange."""
     received = {}
 
@@ -230,7 +231,7 @@ def traffic(rank: int, world: int, batch: int, classes: int) -> dict[str, int]:
         mock.patch.object(
             dist,
             "all_to_all_single",
-            counting("scatter", dist.all_to_all_single, lambda out, x, *sizes: size_of(out) * (world - 1) // world),
+            counting("swap", dist.all_to_all_single, lambda out, x, receive, send: size_of(out) - receive[rank]),
         ),
         mock.patch.object(dist, "all_reduce", counting("reduce", dist.all_reduce, lambda x: size_of(x))),
     )
@@ -242,7 +243,7 @@ def traffic(rank: int, world: int, batch: int, classes: int) -> dict[str, int]:
                 stack.enter_context(patch)
             VF.vrm_loss(
                 *(x.clone().requires_grad_(grad and k < 2) for k, x in enumerate(logits)), labels, 1.0, 1.0,
-                gather_distributed=True,
+                relations=relations, gather_distributed=True,
             )  # fmt: skip
         results.append(dict(received))
     return results

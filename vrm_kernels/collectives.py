@@ -1,6 +1,6 @@
-"""What the distributed loss sends: rows gathered and gradients scattered over a process group, failures named.
+"""What the distributed loss sends over a process group: rows and columns of logits, and gradients back; failures named.
 
-Batches need not be even, nor non-empty: rows are padded to the largest batch on the way.
+Batches need not be even, nor non-empty: gathered rows are padded to the largest batch on the way.
 """
 
 import contextlib
@@ -27,9 +27,10 @@ class Group:
         begin = sum(self.sizes[: self.rank])
         return slice(begin, begin + self.sizes[self.rank])
 
-    def share_of(self, n: int) -> slice:
-        """This process's part of ``n`` things, cut evenly."""
-        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+    def share_of(self, n: int, rank: int | None = None) -> slice:
+        """This process's part, or another's, of ``n`` things, cut evenly."""
+        rank = self.rank if rank is None else rank
+        return slice(n * rank // self.world, n * (rank + 1) // self.world)
 
     @contextlib.contextmanager
     def named(self, what: str) -> Iterator[None]:
@@ -52,7 +53,7 @@ class Group:
             _all_gather(out, own, group=self.group)
             return out.view(self.world, -1).tolist()
 
-    def start_gather(self, x: Tensor):
+    def start_gather_rows(self, x: Tensor):
         """Starts gathering ``[B_r, C]``; what it returns waits, and returns ``[sum of B_r, C]``."""
         most = max(self.sizes)
         rows = (F.pad(x, (0, 0, 0, most - len(x))) if len(x) < most else x).contiguous()
@@ -75,20 +76,66 @@ class Group:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def start_scatter(self, x: Tensor):
+    def start_sum_rows(self, x: Tensor):
         """Starts summing ``[sum of B_r, C]`` over the processes; what it returns waits, and returns the own rows.
 
         Every process is sent its rows by every other and adds them up in the order of the ranks: as many bytes as a
         reduce-scatter by rings, rows need not be even, and gloo's own takes twice as many.
         """
-        own = self.sizes[self.rank]
-        out = x.new_empty(self.world * own, x.shape[1])
-        with self.named("scattering of the gradients"):
-            work = dist.all_to_all_single(out, x, [own] * self.world, self.sizes, group=self.group, async_op=True)
+        columns = x.shape[1]
+        own = self.sizes[self.rank] * columns
+        receive = self._start_all_to_all(x, [n * columns for n in self.sizes], [own] * self.world, "gradients")
 
         def wait() -> Tensor:
-            with self.named("scattering of the gradients"):
+            first, *others = receive().view(self.world, self.sizes[self.rank], columns).unbind()
+            for other in others:
+                first += other
+            return first
+
+        return wait
+
+    def start_swap_columns(self, x: Tensor):
+        """Starts sending every process its columns, :meth:`share_of` all, of this one's rows ``[B_r, C]``; what it
+        returns waits, and returns this process's columns of all rows, ``[sum of B_r, C_r]``."""
+        own, n = x.shape
+        blocks = [self.share_of(n, r) for r in range(self.world)]
+        counts = [own * (block.stop - block.start) for block in blocks]
+        columns = blocks[self.rank].stop - blocks[self.rank].start
+        send = x.new_empty(own * n)
+        for part, block in zip(send.split(counts), blocks, strict=True):
+            part.view(own, block.stop - block.start).copy_(x[:, block])
+        receive = self._start_all_to_all(send, counts, [rows * columns for rows in self.sizes], "logits")
+        return lambda: receive().view(sum(self.sizes), columns)
+
+    def start_return_columns(self, x: Tensor, into: Tensor):
+        """The way back of :meth:`start_swap_columns`, from ``[sum of B_r, C_r]`` to the own rows; what it returns
+        waits, adds them to ``into [B_r, C]`` and returns that."""
+        own, n = into.shape
+        blocks = [self.share_of(n, r) for r in range(self.world)]
+        counts = [own * (block.stop - block.start) for block in blocks]
+        receive = self._start_all_to_all(x, [rows * x.shape[1] for rows in self.sizes], counts, "gradients")
+
+        def wait() -> Tensor:
+            for part, block in zip(receive().split(counts), blocks, strict=True):
+                into[:, block] += part.view(own, block.stop - block.start)
+            return into
+
+        return wait
+
+    def _start_all_to_all(self, x: Tensor, send: list[int], receive: list[int], what: str):
+        """Starts sending ``send[r]`` elements of contiguous ``x`` to each process r; what it returns waits, and returns
+        what came, ``receive[r]`` elements of each, in the order of the ranks."""
+        size = x.element_size()  # sent as bytes: not every library knows every dtype
+        out = x.new_empty(sum(receive))
+        with self.named(f"exchange of {what}"):
+            work = dist.all_to_all_single(
+                out.view(torch.uint8), x.flatten().view(torch.uint8), [n * size for n in receive],
+                [n * size for n in send], group=self.group, async_op=True,
+            )  # fmt: skip
+
+        def wait() -> Tensor:
+            with self.named(f"exchange of {what}"):
                 work.wait()
-            return out.view(self.world, own, x.shape[1]).sum(0)
+            return out
 
         return wait

@@ -1,11 +1,11 @@
 r"""The loss of the global batch of a process group (arXiv 2502.20760 has one process; this is the same function of the
 concatenated batches).
 
-Every process gathers the logits, computes a *share* of each graph, and gets back the gradient of its own rows:
+Every process receives what it needs of the others' logits, computes a *share* of each graph, and gets back the gradient
+of its own rows:
 
-- of the inter-sample graph the edges of its own samples' real views with all virtual views, of the inter-class graph
-  those of a block of classes with all classes (with ``relations="complete"``: of its own vertices, in both views);
-- the threshold is the exact quantile over the global graph, from summed counts of digits, see
+- which edges a share has, and what it needs for them: :mod:`vrm_kernels.shares`;
+- the threshold is the exact quantile over the global graph, from summed counts of digits:
   :mod:`vrm_kernels.selection`;
 - gradients of the other processes' rows are summed over the processes on the way back.
 
@@ -26,16 +26,15 @@ are ``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). 
 is true computes the same bits for any block of rows.
 """
 
-from types import ModuleType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from vrm_kernels import backends, ops, pruning, selection
+from vrm_kernels import backends, ops, pruning, selection, shares
 from vrm_kernels.collectives import Group
+from vrm_kernels.shares import Complete, InterView, Share
 
-# A share's joint entropies are stored up to here, and beyond it computed again for every pass.
-STORED_ENTROPY_BYTES = 72 << 20
 RELATION_TERMS = 2
 
 ops.define(
@@ -80,26 +79,17 @@ def _implementation(
     _agree(group, (s, v, t, u), settings)
 
     with torch.no_grad(), ops.without_autocast(s.device.type):
-        waits = [group.start_gather(x.detach()) for x in (s, v, t, u)]
-        student = [wait().to(dtype) for wait in waits[:2]]
-        probs = None if percentile == 100 else _probs_and_logs(*student, complete)
-        # The teacher's logits arrive while the entropies, which are the student's, are computed and ranked.
-        blocks = group.own_rows(), group.share_of(s.shape[1])
-        shares = [_Share(module, student, probs, block, k == 1, complete) for k, block in enumerate(blocks)]
-        thresholds, kept = _thresholds(group, shares, percentile, dtype)
-        teacher = [wait().to(dtype) for wait in waits[2:]]
-        grads = [torch.zeros_like(x) for x in student] if need_grad else []
-        losses = [
-            share.loss(student, teacher, thresholds[k], kept[k], (alpha, beta)[k], delta, grads)
-            for k, share in enumerate(shares)
-        ]
-        waits = [group.start_scatter(grad) for grad in grads]
+        graphs = (Complete if complete else InterView)(
+            group, module, [x.detach() for x in (s, v, t, u)], dtype, ranked=percentile != 100
+        )
+        thresholds, kept = _thresholds(group, graphs.shares, percentile, dtype, s.device)
+        losses, wait_for_gradients = graphs.losses(thresholds, kept, (alpha, beta), delta, need_grad)
         sums = group.sum(torch.cat((torch.stack(losses).double(), local_sums)), "sum of the loss")
         terms, global_sums = sums.split((RELATION_TERMS, len(local_sums)))
         loss = (alpha * terms[0] + beta * terms[1]).to(dtype)
         # A process that saw a number that is not finite poisons the gradients of all.
         factor = group.world + loss * 0
-        grads = [wait() * factor for wait in waits] or [loss.new_empty(0), loss.new_empty(0)]
+        grads = [x.mul_(factor) for x in wait_for_gradients()] or [loss.new_empty(0), loss.new_empty(0)]
         return loss, *grads, terms.to(dtype, copy=True), kept, global_sums.clone()
 
 
@@ -128,112 +118,25 @@ def _agree(group: Group, views: tuple[Tensor, ...], settings: dict[str, float]) 
         raise ValueError("gather_distributed=True: the batch of every process of the group is empty")
 
 
-def _probs_and_logs(real: Tensor, virtual: Tensor, complete: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """P and log(P' + 1e-7) of both views, where both are needed."""
-    probs = [x.softmax(1) for x in (real, virtual)]
-    if complete:
-        return probs, [pruning.log_probs(p) for p in probs]
-    # The virtual view's are needed for their logarithms alone, the real view's for themselves.
-    logs = pruning.log_probs(probs[1])
-    return [probs[0], logs], [logs, logs]
-
-
-class _Share:
-    """A process's part of one graph: the vertices in ``block`` against all."""
-
-    def __init__(self, module: ModuleType, student, probs, block: slice, by_class: bool, complete: bool):
-        self.module, self.block, self.by_class, self.complete = module, block, by_class, complete
-        self.device = student[0].device
-        n = student[0].shape[1 if by_class else 0]
-        self.vertices = 2 * n if complete else n
-        self.edges = pruning.edge_count(self.vertices, self.vertices, complete)
-        self.order = self._own_first(n, student[0].device) if complete else None
-        self.probs = None if probs is None else tuple(self._sides(x)[side] for side, x in enumerate(probs))
-        self.entropy = None
-        rows = (block.stop - block.start) * (2 if complete else 1)
-        size = rows * self.vertices * student[0].element_size()
-        self.step = max(1, rows)
-        if self.probs is not None and rows > 0:
-            if size <= STORED_ENTROPY_BYTES or not getattr(module, "RECOMPUTES_ENTROPY", False):
-                self.entropy = self._entropies(0, rows)
-            else:
-                self.step = max(1, STORED_ENTROPY_BYTES * rows // size)
-        self.rows = rows
-
-    def _own_first(self, n: int, device) -> Tensor:
-        """The stacked vertices of both views, the share's own before the others: so an edge of a vertex with itself is
-        an edge (i, i)."""
-        index = torch.arange(n, device=device)
-        own = index[self.block]
-        others = torch.cat((index[: self.block.start], index[self.block.stop :]))
-        return torch.cat((own, own + n, others, others + n))
-
-    def _sides(self, views) -> tuple[Tensor, Tensor]:
-        """Side a, the share's vertices, and side b, all, of ``[B, C]`` matrices of the two views."""
-        real, virtual = (x.t() if self.by_class else x for x in views)
-        if not self.complete:
-            return real[self.block], virtual
-        both = torch.cat((real, virtual))[self.order]
-        return both[: 2 * (self.block.stop - self.block.start)], both
-
-    def _entropies(self, begin: int, end: int) -> Tensor:
-        entropy = self.module.entropy_of_logs(self.probs[0][begin:end], self.probs[1])
-        if self.complete:  # a vertex with itself: behind every ranked edge
-            entropy.diagonal(begin).fill_(torch.inf)
-        return entropy
-
-    def count_digits(self, prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        if self.entropy is not None:
-            return self.module.count_digits(self.entropy, prefixes, shift, bits)
-        counts = prefixes.new_zeros(len(prefixes), 2**bits)
-        for begin in range(0, self.rows, self.step):
-            entropy = self._entropies(begin, min(self.rows, begin + self.step))
-            counts += self.module.count_digits(entropy, prefixes, shift, bits)
-        return counts
-
-    def loss(self, student, teacher, threshold, kept, weight: float, delta: float, grads) -> Tensor:
-        """This share's part of the graph's loss; adds ``weight`` times its gradients to those of all rows."""
-        if self.rows == 0:
-            return student[0].new_zeros(())
-        sides = *self._sides(student), *self._sides(teacher)
-        into = ()
-        if grads:
-            views = [x.t() if self.by_class else x for x in grads]
-            if self.complete:
-                into = [torch.zeros_like(x) for x in sides[:2]]
-            else:
-                into = views[0][self.block], views[1]
-        probs = None if self.entropy is not None else self.probs
-        loss = self.module.relation_share(
-            *sides, probs, self.entropy, threshold, kept, self.edges, weight, delta, self.complete, into
-        )
-        if grads and self.complete:
-            into[1][: self.rows] += into[0]
-            both = torch.empty_like(into[1])
-            both[self.order] = into[1]
-            for view, part in zip(views, both.chunk(2), strict=True):
-                view += part
-        return loss
-
-
-def _thresholds(group: Group, shares: list[_Share], percentile: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _thresholds(
+    group: Group, graphs: Sequence[Share], percentile: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """``(thresholds, kept)`` of the global graphs: the exact quantiles of their joint entropies, and how many edges are
     at or below them."""
-    device = shares[0].device
     if percentile == 100:
-        kept = torch.tensor([share.edges for share in shares], device=device)
-        return torch.full((len(shares),), torch.inf, dtype=dtype, device=device), kept
-    positions = [pruning.rank(percentile / 100, share.edges, dtype) for share in shares]
+        kept = torch.tensor([share.edges for share in graphs], device=device)
+        return torch.full((len(graphs),), torch.inf, dtype=dtype, device=device), kept
+    positions = [pruning.rank(percentile / 100, share.edges, dtype) for share in graphs]
     # A rank that is whole does not look at the next value, which may be infinite.
     ranks = torch.tensor([[below, below + (weight > 0)] for below, weight in positions], device=device)
     weights = torch.tensor([weight for _, weight in positions], dtype=dtype, device=device)
 
     def count(prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        counts = torch.stack([share.count_digits(p, shift, bits) for share, p in zip(shares, prefixes, strict=True)])
+        counts = torch.stack([share.count_digits(p, shift, bits) for share, p in zip(graphs, prefixes, strict=True)])
         return group.sum(counts, "sum of the counts of entropies")
 
-    largest = max(share.edges for share in shares) * torch.finfo(dtype).bits // 8 // group.world
-    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=largest > STORED_ENTROPY_BYTES)
+    largest = max(share.edges for share in graphs) * torch.finfo(dtype).bits // 8 // group.world
+    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=largest > shares.STORED_ENTROPY_BYTES)
     low, high = values.unbind(1)
     threshold = low.lerp(high, weights)
     return threshold, torch.where(threshold >= high, at_most[:, 1], at_most[:, 0])

@@ -33,9 +33,9 @@ def edge_count(m: int, n: int, exclude_self: bool) -> int:
     return m * n - (m if exclude_self else 0)
 
 
-def log_probs(probs: torch.Tensor) -> torch.Tensor:
-    """``log(P' + 1e-7)``, the second factor of the joint entropy."""
-    return (probs + ENTROPY_EPS).log_()
+def log_probs(probs: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
+    """``log(P' + 1e-7)``, the second factor of the joint entropy; ``inplace``: in the place of ``probs``."""
+    return (probs.add_(ENTROPY_EPS) if inplace else probs + ENTROPY_EPS).log_()
 
 
 def joint_entropy(probs_a: torch.Tensor, probs_b: torch.Tensor) -> torch.Tensor:

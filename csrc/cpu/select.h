@@ -14,6 +14,7 @@
 #include <functional>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -82,6 +83,18 @@ inline int64_t to_signed_key(double x) {
   std::memcpy(&s, &x, sizeof(x));
   return s ^ ((s >> 63) & 0x7fffffffffffffff);
 }
+inline float from_signed_key(int32_t s) {
+  float x;
+  s ^= (s >> 31) & 0x7fffffff;
+  std::memcpy(&x, &s, sizeof(x));
+  return x;
+}
+inline double from_signed_key(int64_t s) {
+  double x;
+  s ^= (s >> 63) & 0x7fffffffffffffff;
+  std::memcpy(&x, &s, sizeof(x));
+  return x;
+}
 
 // Adds to counts[digit], digit = the `bits` bits of the key from `shift` on, the values whose higher bits are `prefix`;
 // all values where no bits are higher. n < 2^31. Neighbours often share a digit, and an increment must not wait for the
@@ -99,11 +112,20 @@ void count_digits(const T* x, int64_t n, int64_t prefix, int shift, int bits, in
     for (; k < n; ++k) ++counts[((to_signed_key(x[k]) >> shift) & mask) ^ top];
     return;
   }
-  const Key wanted = static_cast<Key>(prefix), rest = static_cast<Key>(shift + bits);
-  for (int64_t k = 0; k < n; ++k) {
-    const Key key = to_signed_key(x[k]);
-    // No branch: about half of the values may have the prefix, which no processor predicts.
-    counts[(k % kCountSets) * size + ((key >> shift) & mask)] += (key >> rest) == wanted;
+  const Key wanted = static_cast<Key>(prefix);
+  const int rest = shift + bits;
+  // The floats with the prefix lie between two; a bound that is NaN lets everything pass, and the key decides.
+  const Key first = static_cast<Key>(static_cast<std::make_unsigned_t<Key>>(wanted) << rest);
+  const T low = from_signed_key(first), high = from_signed_key(static_cast<Key>(first | ((Key{1} << rest) - 1)));
+  constexpr int64_t piece = 1024;
+  T found[piece + kAlignBytes];  // split() stores whole registers
+  for (int64_t begin = 0; begin < n; begin += piece) {
+    int64_t n_found = 0;
+    kernels<T>().split(x + begin, std::min(piece, n - begin), low, high, found, piece, &n_found);
+    for (int64_t k = 0; k < n_found; ++k) {
+      const Key key = to_signed_key(found[k]);
+      counts[(k % kCountSets) * size + ((key >> shift) & mask)] += (key >> rest) == wanted;
+    }
   }
 }
 
