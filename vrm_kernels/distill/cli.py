@@ -48,7 +48,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from accelerate import Accelerator
     from rich.console import Console
 
-    from vrm_kernels.distill import recipe, report
+    from vrm_kernels.distill import recipe, relations, report
 
     distributed = "LOCAL_RANK" in os.environ  # set by torchrun
     if distributed and options.output_dir is None:
@@ -92,6 +92,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         result = recipe.run(settings, data, console, accelerator, teacher, resume)
         if result is not None:
             report.plot_curves(folder / recipe.CURVES, settings, result)
+            relations.plot(folder / recipe.RELATIONS, settings, result.relations)
             report.write_summary(folder / recipe.SUMMARY, settings, result)
     except KeyboardInterrupt:
         print(f"\nvrm-distill: stopped; --resume goes on; finished epochs: {folder / recipe.LOG}", file=sys.stderr)
@@ -116,6 +117,7 @@ def _tell(console, settings: Settings, result) -> None:
     console.print(f"\nTrained in {result.training_seconds:.0f} s. Written to {settings.output_dir}/:", soft_wrap=True)
     for name, what in (
         (recipe.CURVES, "the training curves"),
+        (recipe.RELATIONS, "the relations of teacher and student, before and after"),
         (recipe.LOG, "every epoch of every model"),
         (recipe.STUDENT_CHECKPOINT, f"the distilled student best on the validation images, seed {result.best_seed}"),
         (recipe.TEACHER_CHECKPOINT, "the teacher"),
