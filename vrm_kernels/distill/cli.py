@@ -31,16 +31,20 @@ _EXTRA = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status (2: an option is refused, 1: the run failed, 130: Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    if missing := [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]:
-        argparse.ArgumentParser(prog="vrm-distill").error(
-            f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'"
-        )
+    if missing := missing_packages():
+        argparse.ArgumentParser(prog="vrm-distill").error(missing)
     parser, options = command.parse(argv)
     try:
         return _evaluate(parser, options) if options.evaluate else _run(parser, options)
     except KeyboardInterrupt:
         print("\nvrm-distill: stopped before anything was written", file=sys.stderr)
         return 130
+
+
+def missing_packages() -> str | None:
+    """What to say if a package of the extra is not installed."""
+    missing = [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]
+    return f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'" if missing else None
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:

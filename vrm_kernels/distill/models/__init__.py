@@ -67,7 +67,9 @@ def create_model(name: str, in_channels: int, classes: int, *, pretrained: bool 
         return factory(pretrained=pretrained, in_chans=in_channels, **({} if pretrained else {"num_classes": classes}))
     if library == "torchvision":
         if in_channels != 3:
-            raise ValueError(f"torchvision's models take 3 channels, the images have {in_channels}: name another model")
+            raise ValueError(
+                f"{name}: torchvision's models take 3 channels, the images have {in_channels}: name another"
+            )
         return factory(weights="DEFAULT") if pretrained else factory(weights=None, num_classes=classes)
     if pretrained:
         raise ValueError(f"{name} is yours: have the factory load its weights, or name a checkpoint")
