@@ -306,12 +306,21 @@ def _versions() -> dict[str, str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vrm_kernels.distill.compare", description=__doc__.splitlines()[0])
+    every = (*METHODS, *ABLATIONS)
     parser.add_argument("--datasets", nargs="+", choices=TASKS, default=["digits"])
-    parser.add_argument("--ablate", nargs="*", choices=TASKS, default=["digits"], help="where to run VRM's ablations")
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *ABLATIONS), help="only these")
+    parser.add_argument(
+        "--ablate",
+        nargs="*",
+        choices=TASKS,
+        default=["digits"],
+        help="where to run VRM's ablations and other batch sizes, too",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=every, metavar="METHOD", help=f"only these of {', '.join(every)}"
+    )
     parser.add_argument("--fashion", metavar="FOLDER", help="Fashion-MNIST's IDX files, if not where Debian has them")
     parser.add_argument("--omniglot", metavar="FOLDER", help="Omniglot's two small background archives")
-    parser.add_argument("--seeds", type=command.integer(1), metavar="N", default=5)
+    parser.add_argument("--seeds", type=command.integer(1), metavar="N", default=5, help="students of each kind")
     parser.add_argument("--batch-size", type=command.integer(LOCAL_PARTS), metavar="N", default=64)
     parser.add_argument("--lr", type=command.number(0, exclusive=True), default=0.01, help="of the students")
     parser.add_argument("--epochs", type=command.integer(1), metavar="N", help="instead of the dataset's own")
