@@ -130,17 +130,17 @@ def scaling(results: Results) -> Iterable[str]:
                 )
 
 
-def rewrite(readme: Path, text: str) -> None:
+def rewrite(readme: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put ``text`` between the markers of ``readme``.
 
     Raises:
         ValueError: they are not there once each, in their order.
     """
     old = readme.read_text()
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise ValueError(f"{readme} must have one line {BEGIN} and, after it, one line {END}")
-    before, rest = old.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise ValueError(f"{readme} must have one line {begin} and, after it, one line {end}")
+    before, rest = old.split(begin)
+    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
 def _table(head: list[str], sizes: Iterable[tuple[int, int]], row: Callable[[tuple[int, int]], list[str]]) -> str:

@@ -16,7 +16,8 @@ from vrm_kernels.distill import load_checkpoint, validate
 from vrm_kernels.distill.cli import main
 from vrm_kernels.distill.data import open_dataset, plain_loader
 
-SHOWN = {"config.yaml", "curves.png", "log.csv", "student.safetensors", "summary.md", "teacher.safetensors"}
+SHOWN = {"config.yaml", "curves.png", "relations.png", "log.csv", "summary.md"}
+SHOWN |= {"student.safetensors", "teacher.safetensors"}
 OUTPUTS = SHOWN | {"resume.pt"}
 
 
@@ -42,8 +43,8 @@ def test_writes_what_it_says(finished):
     assert set(os.listdir(folder)) == OUTPUTS
     assert str(folder) in output.replace("\n", "")
     assert all(name in output for name in SHOWN)
-    with (folder / "curves.png").open("rb") as file:
-        assert file.read(8) == b"\x89PNG\r\n\x1a\n"
+    for name in ("curves.png", "relations.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_log_is_tidy_and_complete(finished):

@@ -90,22 +90,117 @@ def test_local_batch_is_the_mean_over_its_parts():
     torch.testing.assert_close(compare.ABLATIONS["vrm local batch"](task)(*tensors), torch.stack(parts).mean())
 
 
+SMALL = ["--train-images=100", "--epochs=1", "--teacher-epochs=1", "--seeds=2", "--batch-size=50"]
+
+
 def test_command_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
-    arguments = ["--train-images=100", "--epochs=1", "--teacher-epochs=1", "--seeds=2", "--batch-size=50"]
-    arguments += ["--output-dir", str(tmp_path)]
+    arguments = [*SMALL, "--output-dir", str(tmp_path)]
     assert compare.main([*arguments, "--methods", "ce", "kd", "--ablate"]) == 0
-    first = compare.read(tmp_path / "compare.csv")
+    path = tmp_path / "compare.csv"
+    first = compare.read(path)
     assert [(row["method"], row["seed"]) for row in first] == [("ce", "0"), ("ce", "1"), ("kd", "0"), ("kd", "1")]
+    assert not (tmp_path / "compare-batch.png").exists()
     weights = (tmp_path / "teacher-digits.safetensors").read_bytes()
     monkeypatch.setattr(compare, "BATCH_SIZES", (25,))
     assert compare.main([*arguments, "--ablate", "digits"]) == 0
-    rows = compare.read(tmp_path / "compare.csv")
+    rows = compare.read(path)
     assert rows[:4] == first and (tmp_path / "teacher-digits.safetensors").read_bytes() == weights
     methods = len(compare.METHODS) + len(compare.ABLATIONS)
     assert len(rows) == 2 * (methods + 3) and all(0 <= float(row["last"]) <= float(row["best"]) <= 1 for row in rows)
-    text = (tmp_path / "compare.md").read_text()
-    assert "| digits | vrm no pruning | 50 | 2 |" in text and "| digits | vrm | 25 | 2 |" in text
-    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    before = (tmp_path / "compare.csv").read_bytes()
+    for name in ("compare.png", "compare-batch.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    before = path.read_bytes()
+    capsys.readouterr()
     assert compare.main([*arguments, "--ablate", "digits"]) == 0
-    assert (tmp_path / "compare.csv").read_bytes() == before
+    assert path.read_bytes() == before
+    output = capsys.readouterr().out
+    assert "| `vrm no pruning` | 2 |" in output and "\n| 25 | " in output
+
+    # A kill in the middle of the last row: that student is trained again, and to the same accuracy.
+    path.write_bytes(before[:-30])
+    assert compare.main([*arguments, "--ablate", "digits"]) == 0
+    again = compare.read(path)
+    assert again[:-1] == rows[:-1] and again[-1]["last"] == rows[-1]["last"]
+
+    # Students of another length or another teacher are not put beside these.
+    with pytest.raises(SystemExit):
+        compare.main([*arguments, "--epochs=2"])
+    assert "trained for 1 epochs" in capsys.readouterr().err
+    assert compare.main([*arguments, "--teacher-epochs=2", "--seeds=3", "--methods", "ce"]) == 1
+    assert "another --output-dir" in capsys.readouterr().err
+    assert compare.read(path) == again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--seeds", "0"], "--seeds: must be at least 1"),
+        (["--batch-size", "1"], "--batch-size: must be at least 4"),
+        (["--lr", "nan"], "--lr: must be > 0"),
+        (["--epochs", "-1"], "--epochs: must be at least 1"),
+        (["--threads", "0"], "--threads: must be at least 1"),
+        (["--device", "abacus"], "--device: invalid choice"),
+        (["--datasets", "imagenet"], "--datasets: invalid choice"),
+        (["--methods", "magic"], "--methods: invalid choice"),
+        (["--datasets", "digits", "omniglot", "--omniglot", "nowhere"], "--omniglot: omniglot:nowhere: nowhere does"),
+        (["--datasets", "digits", "fashion", "--fashion", "nowhere"], "--fashion: idx:nowhere: nowhere does not"),
+        (["--train-images", "5"], "--train-images: digits has 20 to 900"),
+        (["--train-images", "100"], "--train-images: batches of 256"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_training(arguments, wanted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare._Comparison, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(SystemExit) as status:
+        compare.main(["--output-dir", str(tmp_path), *arguments])
+    assert status.value.code == 2
+    message = capsys.readouterr().err.split("error: ")[1]
+    assert f"argument {wanted}" in message and message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+HEADER = ",".join(compare.FIELDS)
+LINE = "digits,ce,0,64,30,0.9,0.95,0.99,6.1,0.1.0,2.13.0"
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"a,b\n", "its columns are a, b"),
+        (b"\xff\xfe\n", "cannot be read"),
+        (f"{HEADER}\n{LINE}\ndigits,ce\n".encode(), "line 3: 2 columns of 11"),
+        (f"{HEADER}\n{LINE.replace('0.95', 'high')}\n".encode(), "line 2: could not convert"),
+    ],
+)
+def test_a_csv_that_cannot_be_read_is_refused(content, wanted, tmp_path, capsys):
+    (tmp_path / "compare.csv").write_bytes(content)
+    with pytest.raises(SystemExit) as status:
+        compare.main(["--output-dir", str(tmp_path)])
+    assert status.value.code == 2
+    message = capsys.readouterr().err.split("error: ")[1]
+    assert wanted in message and message.count("\n") == 1
+    assert (tmp_path / "compare.csv").read_bytes() == content
+
+
+def test_a_row_that_a_kill_cut_off_is_dropped(tmp_path):
+    """Wherever the file ends, reading finds the whole rows, and the next row stands on a line of its own."""
+    path = tmp_path / "compare.csv"
+    rows = [dict(zip(compare.FIELDS, LINE.replace("ce,0", f"ce,{seed}").split(","), strict=True)) for seed in range(3)]
+    for row in rows[:2]:
+        compare.append(path, row)
+    whole = path.read_bytes()
+    assert compare.read(path) == rows[:2]
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        kept = rows[: max(0, sum(end <= length for end in ends) - 1)]
+        assert compare.read(path) == kept
+        compare.append(path, rows[2])
+        assert compare.read(path) == [*kept, rows[2]]
+
+
+def test_divergence_is_a_sentence(tmp_path, capsys):
+    arguments = [*SMALL, "--methods", "ce", "--ablate", "--output-dir", str(tmp_path)]
+    assert compare.main([*arguments, "--lr", "1e30"]) == 1
+    errors = capsys.readouterr().err
+    assert "digits, ce, batch 50, seed 0: " in errors and "became NaN or infinite" in errors and "--lr" in errors
+    assert compare.read(tmp_path / "compare.csv") == []

@@ -31,10 +31,8 @@ _EXTRA = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status (2: an option is refused, 1: the run failed, 130: Ctrl-C)."""
     argv = sys.argv[1:] if argv is None else argv
-    if missing := [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]:
-        argparse.ArgumentParser(prog="vrm-distill").error(
-            f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'"
-        )
+    if missing := missing_packages():
+        argparse.ArgumentParser(prog="vrm-distill").error(missing)
     parser, options = command.parse(argv)
     try:
         return _evaluate(parser, options) if options.evaluate else _run(parser, options)
@@ -43,12 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def missing_packages() -> str | None:
+    """What to say if a package of the extra is not installed."""
+    missing = [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]
+    return f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'" if missing else None
+
+
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     # Imported only now: these need the extra, and a second or two.
     from accelerate import Accelerator
     from rich.console import Console
 
-    from vrm_kernels.distill import recipe, report
+    from vrm_kernels.distill import recipe, relations, report
 
     distributed = "LOCAL_RANK" in os.environ  # set by torchrun
     if distributed and options.output_dir is None:
@@ -92,6 +96,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         result = recipe.run(settings, data, console, accelerator, teacher, resume)
         if result is not None:
             report.plot_curves(folder / recipe.CURVES, settings, result)
+            relations.plot(folder / recipe.RELATIONS, settings, result.relations)
             report.write_summary(folder / recipe.SUMMARY, settings, result)
     except KeyboardInterrupt:
         print(f"\nvrm-distill: stopped; --resume goes on; finished epochs: {folder / recipe.LOG}", file=sys.stderr)
@@ -116,6 +121,7 @@ def _tell(console, settings: Settings, result) -> None:
     console.print(f"\nTrained in {result.training_seconds:.0f} s. Written to {settings.output_dir}/:", soft_wrap=True)
     for name, what in (
         (recipe.CURVES, "the training curves"),
+        (recipe.RELATIONS, "the relations of teacher and student, before and after"),
         (recipe.LOG, "every epoch of every model"),
         (recipe.STUDENT_CHECKPOINT, f"the distilled student best on the validation images, seed {result.best_seed}"),
         (recipe.TEACHER_CHECKPOINT, "the teacher"),

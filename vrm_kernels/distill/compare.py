@@ -7,21 +7,33 @@ it was.
 
 import argparse
 import csv
-import statistics
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from vrm_kernels import VRMLoss
-from vrm_kernels.distill import losses
+from vrm_kernels.distill import compare_report
+from vrm_kernels.distill import options as command
+from vrm_kernels.distill.cli import missing_packages
+from vrm_kernels.distill.compare_methods import (
+    ABLATIONS,
+    BATCH_METHODS,
+    BATCH_SIZES,
+    LOCAL_PARTS,
+    METHODS,
+    NO_VIRTUAL_VIEW,
+    TASKS,
+    Task,
+)
 from vrm_kernels.distill.settings import Settings
 
+RESULTS = Path("benchmarks/results/compare")
 FIELDS = (
     "dataset",
     "method",
@@ -35,144 +47,150 @@ FIELDS = (
     "vrm_kernels",
     "torch",
 )
-
-
-@dataclass(frozen=True)
-class Task:
-    """A dataset with the models, the length and the weights of relation matching that suit it."""
-
-    source: str
-    teacher: str
-    student: str
-    epochs: int
-    teacher_epochs: int
-    train_images: int | None = None
-    alpha: float = 4.0
-    beta: float = 2.0
-
-
-TASKS = {
-    "digits": Task("digits", "conv_32_64_128", "conv_4_8_8", epochs=30, teacher_epochs=40),
-    "fashion": Task(
-        "idx:/usr/share/datasets/fashion-mnist", "conv_32_64_128", "conv_8_16_16", epochs=10, teacher_epochs=10,
-        train_images=20000,
-    ),
-    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=40, teacher_epochs=60),
-}  # fmt: skip
-
-# A loss of a task; None trains on cross-entropy alone. The settings are those published for CIFAR-100: KD's (0.1 CE,
-# 0.9 KD, temperature 4) and RKD's (25 and 50) from CRD's comparison (arXiv 1910.10699), DKD's and DIST's from
-# their own papers.
-Maker = Callable[[Task], nn.Module | None]
-
-
-def _vrm(**settings) -> Maker:
-    def make(task: Task) -> VRMLoss:
-        weights = {"alpha": task.alpha, "beta": task.beta, **settings}
-        return VRMLoss(**weights)
-
-    return make
-
-
-METHODS: dict[str, Maker] = {
-    "ce": lambda task: None,
-    "kd": lambda task: losses.PerView(losses.kd, weight=0.9, ce_weight=0.1),
-    "dkd": lambda task: losses.PerView(losses.dkd),
-    "dist": lambda task: losses.PerView(losses.dist),
-    "rkd": lambda task: losses.PerView(losses.rkd),
-    "vrm": _vrm(),
-}
-ABLATIONS: dict[str, Maker] = {
-    "vrm percentile 10": _vrm(unreliable_pruning_percentile=10),
-    "vrm percentile 60": _vrm(unreliable_pruning_percentile=60),
-    "vrm no pruning": _vrm(unreliable_pruning_percentile=100),
-    "vrm no virtual view": _vrm(),  # the virtual view is then the real one, see _data
-    "vrm inter-sample only": _vrm(beta=0.0),
-    "vrm inter-class only": _vrm(alpha=0.0),
-    "vrm complete": _vrm(relations="complete"),
-    # Relations within quarters of the batch, as four processes without --gather-distributed would have them.
-    "vrm local batch": lambda task: partial(_in_parts, loss_fn=_vrm()(task), parts=4),
-}
-BATCH_SIZES = (16, 32, 128, 256)
+_NUMBERS = {name: int for name in ("seed", "batch_size", "epochs")}
+_NUMBERS |= {name: float for name in ("last", "best", "teacher", "seconds")}
+CSV = "compare.csv"
+_FOLDERS = {"fashion": "--fashion", "omniglot": "--omniglot"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what of the comparison is not in the CSV yet."""
-    options = _parser().parse_args(argv)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    path = options.output_dir / "compare.csv"
-    for name in options.datasets:
-        task = TASKS[name]
-        task = replace(task, source=_source(name, task, options), epochs=options.epochs or task.epochs)
-        task = replace(task, teacher_epochs=options.teacher_epochs or task.teacher_epochs)
-        task = replace(task, train_images=options.train_images or task.train_images)
-        done = {(row["dataset"], row["method"], int(row["seed"]), int(row["batch_size"])) for row in read(path)}
-        todo = [run for run in _runs(name, options) if (name, *run) not in done]
-        if todo:
-            _Comparison(name, task, options).run(todo, path)
-    plot(read(path), options.output_dir / "compare.png")
-    (options.output_dir / "compare.md").write_text(table(read(path)))
-    print((options.output_dir / "compare.md").read_text())
+    """Run what of the comparison is not in the CSV yet; the exit status (1: a training diverged, 130: Ctrl-C)."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    path = options.output_dir / CSV
+    if missing := missing_packages():
+        parser.error(missing)
+    from vrm_kernels.distill.trainer import NonFiniteLoss
+
+    # What can be wrong is found before anything is trained.
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output_dir):
+            pass
+        read(path)
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --output-dir: {error}")
+    try:
+        comparisons = [(_Comparison(name, options), _todo(name, options, read(path))) for name in options.datasets]
+        for comparison, todo in comparisons:
+            comparison.open(todo)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        for comparison, todo in comparisons:
+            if todo:
+                comparison.run(todo, path)
+    except KeyboardInterrupt:
+        print(f"\nstopped: the same command goes on; finished students: {path}", file=sys.stderr)
+        return 130
+    except (NonFiniteLoss, OSError, ValueError) as error:
+        print(f"failed: {error}; finished students: {path}", file=sys.stderr)
+        return 1
+    rows = read(path)
+    print(compare_report.render(rows))
+    for picture in compare_report.draw(rows, options.output_dir):
+        print(f"Written to {picture}")
     return 0
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a comparison, none if there is no such file yet."""
-    if not path.exists():
+    """The rows of a comparison, none if there is no such file yet, without the half row that a kill may have left.
+
+    Raises:
+        ValueError: the file is not of a comparison, naming the line.
+    """
+    try:
+        whole = _whole(path.read_bytes()).decode()
+    except FileNotFoundError:
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    table = csv.reader(whole.splitlines())
+    if whole and (header := next(table)) != list(FIELDS):
+        raise ValueError(f"{path} is not of a comparison: its columns are {', '.join(header)}")
+    rows = []
+    for values in table:
+        row = dict(zip(FIELDS, values, strict=False))
+        try:
+            if len(values) != len(FIELDS):
+                raise ValueError(f"{len(values)} columns of {len(FIELDS)}")
+            for name, kind in _NUMBERS.items():
+                kind(row[name])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {table.line_num}: {error}: mend or remove that line") from None
+        rows.append(row)
+    return rows
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Markdown: last and best test accuracy by dataset, method and batch size: mean and deviation over the seeds."""
-    groups: dict[tuple, list[dict[str, str]]] = {}
-    for row in rows:
-        groups.setdefault((row["dataset"], row["method"], row["batch_size"]), []).append(row)
-    lines = ["| dataset | method | batch | seeds | last epoch | best epoch |", "|---|---|---:|---:|---:|---:|"]
-    for (dataset, method, batch), group in groups.items():
-        cells = [_spread([100 * float(row[key]) for row in group]) for key in ("last", "best")]
-        lines.append(f"| {dataset} | {method} | {batch} | {len(group)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def append(path: Path, row: dict) -> None:
+    """Add a row, on the disk before this returns; a half row left by a kill is replaced."""
+    with path.open("a+b") as file:
+        file.seek(0)
+        length = len(_whole(file.read()))
+        file.truncate(length)
+        lines = [] if length else [FIELDS]
+        for values in (*lines, [row[name] for name in FIELDS]):
+            file.write((",".join(map(str, values)) + "\r\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Accuracy after the last epoch, a panel a dataset, a dot a seed, methods in rows."""
-    from matplotlib.figure import Figure
-
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    figure = Figure(figsize=(5.5 * len(datasets), 6), layout="constrained", dpi=130)
-    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        mine = [row for row in rows if row["dataset"] == dataset]
-        labels = list(dict.fromkeys(f"{row['method']} ({row['batch_size']})" for row in mine))
-        for row in mine:
-            y = -labels.index(f"{row['method']} ({row['batch_size']})")
-            axes.plot(100 * float(row["last"]), y, "o", color="#0072B2", alpha=0.6)
-        axes.set(title=dataset, xlabel="test accuracy after the last epoch (%)", yticks=range(0, -len(labels), -1))
-        axes.set_yticklabels(labels)
-        axes.grid(alpha=0.25)
-    figure.savefig(path)
+def _whole(content: bytes) -> bytes:
+    """The finished lines: a row without its line's end was cut off."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 class _Comparison:
-    def __init__(self, name: str, task: Task, options: argparse.Namespace) -> None:
-        from accelerate import Accelerator
+    """One dataset's part of it."""
 
-        from vrm_kernels.distill.data import open_dataset
-
-        self.name, self.task, self.folder = name, task, options.output_dir
-        self.data = open_dataset(task.source, train_images=task.train_images)
-        self.accelerator = Accelerator(cpu=options.device == "cpu")
-        torch.set_num_threads(options.threads)
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.task, self.options, self.folder = name, _task(name, options), options, options.output_dir
         self.settings = Settings(
             batch_size=options.batch_size, lr=options.lr, seeds=options.seeds, checkpoint_steps=10**9
         )
 
+    def open(self, todo: list[tuple[str, int, int]]) -> None:
+        """Read the images, if there is anything to do with them.
+
+        Raises:
+            ValueError: they cannot be read, or are too few for a batch.
+        """
+        if not todo:
+            return
+        from vrm_kernels.distill.data import open_dataset
+
+        try:
+            self.data = open_dataset(self.task.source, train_images=self.task.train_images)
+        except ValueError as error:
+            flag = "--train-images" if "images to train on" in str(error) else _FOLDERS.get(self.name, "--datasets")
+            raise ValueError(f"argument {flag}: {error}") from None
+        if (largest := max(batch for _, _, batch in todo)) > len(self.data.train):
+            raise ValueError(
+                f"argument --train-images: batches of {largest} are to be compared on {self.name}, which has "
+                f"{len(self.data.train)} images to train on"
+            )
+
     def run(self, todo: list[tuple[str, int, int]], path: Path) -> None:
+        from accelerate import Accelerator
+
+        from vrm_kernels.distill.trainer import NonFiniteLoss
+
+        self.accelerator = Accelerator(cpu=self.options.device == "cpu")
+        torch.set_num_threads(self.options.threads)
         teacher, accuracy = self._teacher()
+        others = {row["teacher"] for row in read(path) if row["dataset"] == self.name} - {f"{accuracy:.6f}"}
+        if others:
+            raise ValueError(
+                f"{path} has students of {self.name} with a teacher of accuracy {', '.join(others)}, this one has "
+                f"{accuracy:.6f}: take another --output-dir, or the settings of then"
+            )
         for method, seed, batch in todo:
             started = time.perf_counter()
-            accuracies = self._student(method, seed, batch, teacher)
+            try:
+                accuracies = self._student(method, seed, batch, teacher)
+            except NonFiniteLoss as error:
+                error.args = (f"{self.name}, {method}, batch {batch}, seed {seed}: {error}: try a smaller --lr",)
+                raise
             row = {
                 "dataset": self.name,
                 "method": method,
@@ -185,7 +203,7 @@ class _Comparison:
                 "seconds": f"{time.perf_counter() - started:.1f}",
                 **_versions(),
             }
-            _append(path, row)
+            append(path, row)
             print(f"{self.name}: {method}, batch {batch}, seed {seed}: {accuracies[-1]:.2%}", flush=True)
 
     def _teacher(self) -> tuple[nn.Module, float]:
@@ -215,7 +233,7 @@ class _Comparison:
         from vrm_kernels.distill.trainer import Trainer
 
         loss_fn = {**METHODS, **ABLATIONS}[method](self.task)
-        same_view = method == "vrm no virtual view"
+        same_view = method == NO_VIRTUAL_VIEW
 
         def objective(model, real, virtual, labels, _):
             if loss_fn is None:
@@ -223,7 +241,7 @@ class _Comparison:
             virtual = real if same_view else virtual
             return distillation_loss(teacher, model, real, virtual, labels, loss_fn)
 
-        settings = replace(self.settings, batch_size=min(batch, len(self.data.train)))
+        settings = replace(self.settings, batch_size=batch)
         trainer = Trainer(self.accelerator, model, self.data, settings, objective, epochs=epochs, lr=lr, seed=seed)
         accuracies = []
         while not trainer.finished:
@@ -243,9 +261,20 @@ class _Comparison:
         return create_model(name, self.data.in_channels, self.data.classes).to(self.accelerator.device)
 
 
-def _in_parts(*tensors, loss_fn: nn.Module, parts: int) -> torch.Tensor:
-    """The mean over ``parts`` of the batch, each taken for a batch of its own."""
-    return sum(loss_fn(*chunk) for chunk in zip(*(x.chunk(parts) for x in tensors), strict=True)) / parts
+def _todo(name: str, options: argparse.Namespace, rows: list[dict[str, str]]) -> list[tuple[str, int, int]]:
+    """What :func:`_runs` has and the rows have not.
+
+    Raises:
+        ValueError: the rows are of trainings of another length.
+    """
+    mine, epochs = [row for row in rows if row["dataset"] == name], _task(name, options).epochs
+    if other := {row["epochs"] for row in mine} - {str(epochs)}:
+        raise ValueError(
+            f"argument --epochs: {options.output_dir / CSV} has students of {name} trained for {', '.join(other)} "
+            f"epochs, these would be for {epochs}: take another --output-dir"
+        )
+    done = {(row["method"], int(row["seed"]), int(row["batch_size"])) for row in mine}
+    return [run for run in _runs(name, options) if run not in done]
 
 
 def _runs(name: str, options: argparse.Namespace) -> list[tuple[str, int, int]]:
@@ -255,23 +284,18 @@ def _runs(name: str, options: argparse.Namespace) -> list[tuple[str, int, int]]:
     runs = [(method, seed, options.batch_size) for method in methods for seed in range(options.seeds)]
     if name in options.ablate:
         sizes = [size for size in BATCH_SIZES if size != options.batch_size]
-        compared = [method for method in ("ce", "kd", "vrm") if method in methods]
+        compared = [method for method in BATCH_METHODS if method in methods]
         runs += [(method, seed, size) for size in sizes for method in compared for seed in range(options.seeds)]
     return runs
 
 
-def _source(name: str, task: Task, options: argparse.Namespace) -> str:
-    folder = {"fashion": options.fashion, "omniglot": options.omniglot}.get(name)
-    return task.source if folder is None else f"{task.source.partition(':')[0]}:{folder}"
-
-
-def _append(path: Path, row: dict) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+def _task(name: str, options: argparse.Namespace) -> Task:
+    """The task with what the command line says instead."""
+    task = TASKS[name]
+    folder = getattr(options, name, None) if name in _FOLDERS else None
+    told = {key: getattr(options, key) for key in ("epochs", "teacher_epochs", "train_images")}
+    told["source"] = folder and f"{task.source.partition(':')[0]}:{folder}"
+    return replace(task, **{key: value for key, value in told.items() if value})
 
 
 def _versions() -> dict[str, str]:
@@ -280,27 +304,31 @@ def _versions() -> dict[str, str]:
     return {"vrm_kernels": vrm_kernels.__version__, "torch": torch.__version__}
 
 
-def _spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread} %"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vrm_kernels.distill.compare", description=__doc__.splitlines()[0])
+    every = (*METHODS, *ABLATIONS)
     parser.add_argument("--datasets", nargs="+", choices=TASKS, default=["digits"])
-    parser.add_argument("--ablate", nargs="*", choices=TASKS, default=["digits"], help="where to run VRM's ablations")
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *ABLATIONS), help="only these")
+    parser.add_argument(
+        "--ablate",
+        nargs="*",
+        choices=TASKS,
+        default=["digits"],
+        help="where to run VRM's ablations and other batch sizes, too",
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=every, metavar="METHOD", help=f"only these of {', '.join(every)}"
+    )
     parser.add_argument("--fashion", metavar="FOLDER", help="Fashion-MNIST's IDX files, if not where Debian has them")
     parser.add_argument("--omniglot", metavar="FOLDER", help="Omniglot's two small background archives")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--epochs", type=int, help="instead of the dataset's own")
-    parser.add_argument("--teacher-epochs", type=int, help="likewise")
-    parser.add_argument("--train-images", type=int, help="likewise")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output-dir", type=Path, default=Path("benchmarks/results/compare"))
+    parser.add_argument("--seeds", type=command.integer(1), metavar="N", default=5, help="students of each kind")
+    parser.add_argument("--batch-size", type=command.integer(LOCAL_PARTS), metavar="N", default=64)
+    parser.add_argument("--lr", type=command.number(0, exclusive=True), default=0.01, help="of the students")
+    parser.add_argument("--epochs", type=command.integer(1), metavar="N", help="instead of the dataset's own")
+    parser.add_argument("--teacher-epochs", type=command.integer(1), metavar="N", help="likewise")
+    parser.add_argument("--train-images", type=command.integer(1), metavar="N", help="likewise")
+    parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="auto takes a GPU if there is one")
+    parser.add_argument("--threads", type=command.integer(1), metavar="N", default=1)
+    parser.add_argument("--output-dir", type=Path, metavar="FOLDER", default=RESULTS)
     return parser
 
 

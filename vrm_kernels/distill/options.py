@@ -97,18 +97,18 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
         return add
 
     network = {"type": _network, "metavar": "NETWORK"}
-    positive = {"type": _number(0, exclusive=True)}
-    count = {"type": _integer(1), "metavar": "N"}
+    positive = {"type": number(0, exclusive=True)}
+    count = {"type": integer(1), "metavar": "N"}
 
     add = group("data")
     add("--dataset", f"{'; '.join(f'{name}: {what}' for name, what in SOURCES.items())}", type=str, metavar="SOURCE")
     add("--data-dir", "where torchvision's datasets are", type=Path, metavar="FOLDER")
     add("--train-images", "how many of its images to train on, instead of all (digits: 900)", **count)
-    add("--image-size", "make all images of folder:, parquet: and hub: N x N", type=_integer(8), metavar="N")
+    add("--image-size", "make all images of folder:, parquet: and hub: N x N", type=integer(8), metavar="N")
     add("--mean", "what normalises the images; by default the teacher's own, or else the data's", type=float, nargs="+")
-    add("--std", "likewise", type=_number(0, exclusive=True), nargs="+")
+    add("--std", "likewise", type=number(0, exclusive=True), nargs="+")
     add("--augment", "the real view's augmentation; the virtual view adds RandAugment", choices=AUGMENTATIONS)
-    add("--workers", "processes that decode images", type=_integer(0), metavar="N")
+    add("--workers", "processes that decode images", type=integer(0), metavar="N")
 
     add = group("models")
     add("--teacher", f"{', '.join(MODELS)}; timm:NAME; torchvision:NAME; package.module:factory", **network)
@@ -127,45 +127,45 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--teacher-lr", "the teacher's first learning rate", **positive, metavar="LR")
     add("--epochs", "a student's passes over the training images", **count)
     add("--lr", "a student's first learning rate", **positive, metavar="LR")
-    add("--batch-size", "images a step over all processes, each in two views", type=_integer(2), metavar="N")
+    add("--batch-size", "images a step over all processes, each in two views", type=integer(2), metavar="N")
     add(
         "--accumulate",
         "split each process's share of a batch in N, gradients added up; relations stay within a part",
         **count,
     )
     add("--optimizer", "what takes the steps", choices=OPTIMIZERS)
-    add("--momentum", "of sgd", type=_number(0, 1))
-    add("--weight-decay", "of either optimiser", type=_number(0))
+    add("--momentum", "of sgd", type=number(0, 1))
+    add("--weight-decay", "of either optimiser", type=number(0))
     add("--schedule", "of the learning rate", choices=SCHEDULES)
     add(
         "--milestones",
         "the epochs after which --schedule step multiplies the learning rate",
-        type=_integer(1),
+        type=integer(1),
         nargs="+",
     )
     add("--gamma", "by this", **positive)
     add("--precision", "mixed precision: bf16, or fp16 with gradient scaling", choices=PRECISIONS)
-    add("--label-smoothing", "of the cross-entropies", type=_number(0, 1))
+    add("--label-smoothing", "of the cross-entropies", type=number(0, 1))
     add(
         "--mixup",
         "mix images and labels with a Beta(A, A) weight, alike in both views; 0 is off",
-        type=_number(0),
+        type=number(0),
         metavar="A",
     )
-    add("--ema", "judge and keep a running mean of the weights with this decay; 0 is off", type=_number(0, 1))
+    add("--ema", "judge and keep a running mean of the weights with this decay; 0 is off", type=number(0, 1))
 
     add = group("relation matching")
-    add("--alpha", "weight of the inter-sample relations", type=_number(0))
-    add("--beta", "weight of the inter-class relations", type=_number(0))
-    add("--relation-warmup", "epochs over which both weights grow from 0", type=_number(0), metavar="EPOCHS")
-    add("--percentile", "how many of the edges to keep, in percent", type=_number(0, 100), metavar="P")
+    add("--alpha", "weight of the inter-sample relations", type=number(0))
+    add("--beta", "weight of the inter-class relations", type=number(0))
+    add("--relation-warmup", "epochs over which both weights grow from 0", type=number(0), metavar="EPOCHS")
+    add("--percentile", "how many of the edges to keep, in percent", type=number(0, 100), metavar="P")
     add("--relations", "which edges there are", choices=VF.RELATIONS)
     add("--backend", "what computes the loss", choices=("auto", *backends.REGISTRY))
     add("--gather-distributed", "under torchrun: relations of the global batch, not of each process's share")
 
     add = group("run")
     add("--seeds", "how many students of each kind to train", **count)
-    add("--seed", "the first seed; the others follow it", type=_integer(0), metavar="N")
+    add("--seed", "the first seed; the others follow it", type=integer(0), metavar="N")
     add("--device", "where to train: auto takes a GPU if there is one; or for instance cpu or cuda:0", type=_device)
     add("--threads", "CPU threads; networks as small as the default's gain from no more", **count)
     add("--checkpoint-steps", "save what --resume goes on from every N steps", **count)
@@ -188,7 +188,7 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _integer(low: int) -> Callable[[str], int]:
+def integer(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -201,7 +201,7 @@ def _integer(low: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
+def number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)

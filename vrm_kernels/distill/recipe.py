@@ -14,7 +14,7 @@ from torch import nn
 
 import vrm_kernels
 from vrm_kernels import VRMLoss
-from vrm_kernels.distill import checkpoint
+from vrm_kernels.distill import checkpoint, relations
 from vrm_kernels.distill.data import ImageData, plain_loader
 from vrm_kernels.distill.engine import count_correct, cross_entropy_loss, distillation_loss
 from vrm_kernels.distill.log import Log, progress_bar
@@ -26,17 +26,18 @@ from vrm_kernels.distill.trainer import NonFiniteLoss, Trainer, make_optimizer
 # What a run leaves in its folder.
 LOG = "log.csv"
 CURVES = "curves.png"
+RELATIONS = "relations.png"
 SUMMARY = "summary.md"
 CONFIG = "config.yaml"
 STATE = "resume.pt"
 STUDENT_CHECKPOINT = "student.safetensors"
 TEACHER_CHECKPOINT = "teacher.safetensors"
-OUTPUTS = (LOG, CURVES, SUMMARY, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
+OUTPUTS = (LOG, CURVES, RELATIONS, SUMMARY, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
 
 
 @dataclass(frozen=True)
 class Result:
-    """``rows`` are the log's; ``best_seed`` is that of the distilled student that was saved."""
+    """``rows`` are the log's; ``best_seed`` is that of the distilled student that was saved, and of the relations."""
 
     rows: list[dict]
     train_images: int
@@ -44,6 +45,7 @@ class Result:
     teacher_parameters: int
     student_parameters: int
     best_seed: int
+    relations: relations.Relations
     step_time: StepTime
     training_seconds: float
 
@@ -137,7 +139,7 @@ class _Run:
                 self._task(number, self.resume.get("trainer") if number == done else None)
             if not self.main:
                 return None
-            self.progress.update(self.bar, description="timing the loss")
+            self.progress.update(self.bar, description="judging")
             return self._result()
 
     def _task(self, number: int, state: dict[str, Any] | None) -> None:
@@ -301,13 +303,18 @@ class _Run:
             lambda model: make_optimizer(model, settings, settings.lr),
             device,
         )
+        seed = self.best["seed"]
+        looks = relations.compare(
+            self.teacher, self._new_model(settings.student, seed), student, self.data, settings, seed, device
+        )
         return Result(
             rows=self.log.rows,
             train_images=len(self.data.train),
             test_images=len(self.data.test),
             teacher_parameters=parameter_count(self.teacher),
             student_parameters=parameter_count(student),
-            best_seed=self.best["seed"],
+            best_seed=seed,
+            relations=looks,
             step_time=step_time,
             training_seconds=self.seconds,
         )
