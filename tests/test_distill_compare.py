@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vrm_kernels.distill import compare, losses
+from vrm_kernels.distill import compare, create_model, losses
 
 B, C, T = 7, 5, 4.0
 
@@ -66,6 +66,23 @@ def test_rkd_is_the_papers(logits):
 
     expected = 25 * F.smooth_l1_loss(distances(s), distances(t)) + 50 * F.smooth_l1_loss(angles(s), angles(t))
     assert float(losses.rkd(s, t, y)) == pytest.approx(float(expected), rel=1e-8)
+
+
+def test_terms_of_embeddings_see_what_the_classifiers_see():
+    torch.manual_seed(0)
+    student, teacher = create_model("conv_3_6_6", 1, 10), create_model("conv_8_16_16", 1, 10)
+    student.eval(), teacher.eval()
+    real, virtual = torch.randn(2, 6, 1, 8, 8)
+    labels = torch.arange(6)
+    loss = losses.OnEmbeddings(losses.rkd)(teacher, student, real, virtual, labels)
+    expected = 0.0
+    for images in (real, virtual):
+        e, f = (m.features(images).mean((2, 3)) for m in (student, teacher))
+        expected += F.cross_entropy(student(images), labels) + losses.rkd(e, f, labels)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
 
 
 @pytest.mark.parametrize("term", [losses.kd, losses.dkd, losses.dist, losses.rkd])

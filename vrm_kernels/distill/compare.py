@@ -230,6 +230,7 @@ class _Comparison:
         """Test accuracy after every epoch; ``model`` ends trained."""
         from vrm_kernels.distill.data import plain_loader
         from vrm_kernels.distill.engine import count_correct, cross_entropy_loss, distillation_loss
+        from vrm_kernels.distill.losses import OnEmbeddings
         from vrm_kernels.distill.trainer import Trainer
 
         loss_fn = {**METHODS, **ABLATIONS}[method](self.task)
@@ -238,6 +239,8 @@ class _Comparison:
         def objective(model, real, virtual, labels, _):
             if loss_fn is None:
                 return cross_entropy_loss(model, real, virtual, labels, "both")
+            if isinstance(loss_fn, OnEmbeddings):
+                return loss_fn(teacher, model, real, virtual, labels), {}
             virtual = real if same_view else virtual
             return distillation_loss(teacher, model, real, virtual, labels, loss_fn)
 

@@ -53,7 +53,7 @@ METHODS: dict[str, Maker] = {
     "kd": lambda task: losses.PerView(losses.kd, weight=0.9, ce_weight=0.1),
     "dkd": lambda task: losses.PerView(losses.dkd),
     "dist": lambda task: losses.PerView(losses.dist),
-    "rkd": lambda task: losses.PerView(losses.rkd),
+    "rkd": lambda task: losses.OnEmbeddings(losses.rkd),
     "vrm": _vrm(),
 }
 NO_VIRTUAL_VIEW = "vrm no virtual view"

@@ -1,4 +1,5 @@
-"""The losses that relation matching is compared with, each with the signature of :class:`vrm_kernels.VRMLoss`.
+"""The losses that relation matching is compared with; those of logits with the signature of
+:class:`vrm_kernels.VRMLoss`.
 
 Every one adds ``CE(S, y) + CE(S', y)`` to its own term, taken for each view and added up, so that the methods differ in
 nothing but that term. Logits are ``[B, C]``, labels ``[B]`` class indices.
@@ -37,6 +38,25 @@ class PerView(nn.Module):
         )
 
 
+class OnEmbeddings(nn.Module):
+    """``CE(S, y) + CE(S', y) + term(E, F, y) + term(E', F', y)``, of what the classifiers of both models see.
+
+    The models must have ``embed``, images to embeddings ``[B, width]``, and ``classifier``, embeddings to logits; the
+    widths may differ.
+    """
+
+    def __init__(self, term: Term) -> None:
+        super().__init__()
+        self.term = term
+
+    def forward(self, teacher: nn.Module, student: nn.Module, real: Tensor, virtual: Tensor, labels: Tensor) -> Tensor:
+        images = torch.cat((real, virtual))
+        with torch.no_grad():
+            wanted = teacher.embed(images).chunk(2)
+        views = zip(student.embed(images).chunk(2), wanted, strict=True)
+        return sum(F.cross_entropy(student.classifier(e), labels) + self.term(e, f, labels) for e, f in views)
+
+
 def kd(student: Tensor, teacher: Tensor, _: Tensor, temperature: float = 4.0) -> Tensor:
     """Knowledge distillation (Hinton et al., arXiv 1503.02531): ``T^2 KL(softmax(t / T) || softmax(s / T))``."""
     return _kl(student / temperature, teacher / temperature) * temperature**2
@@ -72,7 +92,10 @@ def dist(
 
 
 def rkd(student: Tensor, teacher: Tensor, _: Tensor, distance: float = 25.0, angle: float = 50.0) -> Tensor:
-    """Relational KD (Park et al., arXiv 1904.05068), on logits: Huber of distances over their mean, and of angles."""
+    """Relational KD (Park et al., arXiv 1904.05068): Huber of distances over their mean, and of angles.
+
+    Of embeddings: logits would have to say what the teacher's say up to a rotation, which is not what they are for.
+    """
     with torch.no_grad():
         teacher_distance, teacher_angle = _distances(teacher), _angles(teacher)
     return distance * F.smooth_l1_loss(_distances(student), teacher_distance) + angle * F.smooth_l1_loss(

@@ -23,8 +23,12 @@ class ConvNet(nn.Module):
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(in_channels, classes)
 
+    def embed(self, images: Tensor) -> Tensor:
+        """What the classifier sees: ``[B, widths[2]]``."""
+        return self.features(images).mean((2, 3))
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.features(images).mean((2, 3)))
+        return self.classifier(self.embed(images))
 
 
 WIDTHS = ((3, 6, 6), (4, 8, 8), (8, 16, 16), (16, 32, 64), (32, 64, 128))
