@@ -238,6 +238,9 @@ FAULTS = {  # see planted.cu
     9: "read of 4 bytes outside of every array",
     10: "race: write after another thread's read|race: read after another thread's write",
     11: "1 words of the outputs were not written",
+    12: "race: (read|write) after another thread's (write|read)",
+    13: "race: write after another thread's write|memory that nothing has written",
+    14: "race: write after another thread's read|race: read after another thread's write",
 }
 
 
@@ -251,7 +254,7 @@ def test_the_emulation_finds_planted_faults(host, fault, order):
     failed = host.cuda_shim_planted(fault, x, message)
     if fault == 0:
         assert not failed, message.value
-        assert list(x) == [62.0 + 3, *(63.0 - (k ^ 1) for k in range(1, 64))]
+        assert list(x) == [62.0 + 3, 63.0 + 64, *(63.0 - (k ^ 1) for k in range(2, 64))]
         return
     found = message.value.decode()
     assert failed and re.search(FAULTS[fault], found), found

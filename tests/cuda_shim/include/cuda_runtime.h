@@ -77,6 +77,10 @@ template <class V> VRM_UNCHECKED V __shfl_xor_sync(unsigned mask, V value, int l
   const int lane = static_cast<int>(threadIdx.x) & 31;
   return shim::from_bits<V>(shim::exchange(mask, shim::to_bits(value))[lane ^ lanes]);
 }
+template <class V> VRM_UNCHECKED V __shfl_up_sync(unsigned mask, V value, unsigned lanes) {
+  const unsigned lane = threadIdx.x & 31;
+  return shim::from_bits<V>(shim::exchange(mask, shim::to_bits(value))[lane >= lanes ? lane - lanes : lane]);
+}
 VRM_UNCHECKED inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* all = shim::exchange(mask, predicate != 0);
   unsigned ballot = 0;
