@@ -76,6 +76,8 @@ def extension():
         def run(self):
             try:
                 super().run()
+            except cuda_build.Required:
+                raise
             except Exception as error:
                 self.give_up(error)
                 self.extensions = []

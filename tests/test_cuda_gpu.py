@@ -156,8 +156,11 @@ def test_the_inputs_device_is_used():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_triton_agrees_on_random_problems(seed):
-    """The second opinion: two backends with nothing in common but the formulas."""
+def test_triton_agrees_on_random_problems(cuda, monkeypatch, seed):
+    """The second opinion: two backends with nothing in common but the formulas. Every form of this one in turn."""
+    monkeypatch.setattr(
+        cuda, "TUNING", (cuda.Tuning(), *(cuda.Tuning(*form) for form in FORMS.values()))[seed // 4 % 4]
+    )
     triton = backends.REGISTRY.get("triton")
     if triton is None or not triton.status()[0] or not triton.runs_on("cuda"):
         pytest.skip("backend 'triton' is not usable here")

@@ -9,7 +9,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <string>
 #include <tuple>
+#include <type_traits>
 
 #if defined(VRM_CUDA_SHIM)  // the tests run all of this on the host
 #define VRM_DISPATCH_KEY CPU
@@ -153,7 +155,7 @@ template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const T
   };
   side(g.a, a, teacher_a, probs, grad_a);
   side(g.b, b, teacher_b, log_probs, grad_b);
-  g.keep_all = !probs.defined();
+  g.keep_all = !probs.defined() || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
   g.depth = g.keep_all ? 0 : probs.size(1);
   g.need_grad = need_grad;
   g.rank = rank, g.lerp_weight = lerp_weight;
@@ -364,6 +366,11 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
       "bool need_grad, str form, int tile_edge, int stored_entropy_bytes) "
       "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
+  // Why the current device cannot run the kernels; empty: it can.
+  m.def("cuda_refusal() -> str", [] {
+    const char* why = vrm::cuda::refusal();
+    return std::string(why == nullptr ? "" : why);
+  });
   // The first passes x 2 x 2048 + 1 integers of `status` are counts, which may be added over processes between count
   // and advance.
   m.def("cuda_begin_selection(Tensor like, int edges, int rank) -> Tensor status");

@@ -14,6 +14,10 @@ DEFAULT_TARGETS = (80, 90, 100)  # of NVIDIA's numbering; the last one's PTX ser
 FLAGS = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]}
 
 
+class Required(RuntimeError):
+    """The build was told to have the extension, and cannot."""
+
+
 def extensions() -> list:
     """The extension, or none, having said why. Needs no GPU, and looks for no toolkit beside a CPU build of torch."""
     choice = os.environ.get(CHOICE, "")
@@ -34,7 +38,7 @@ def is_cuda(extension) -> bool:
 def leave_out(reason: str) -> None:
     """Says so, or raises where the build was told to have it."""
     if os.environ.get(CHOICE) == "1":
-        raise RuntimeError(f"{CHOICE}=1 asks for the CUDA extension, which cannot be built: {reason}")
+        raise Required(f"{CHOICE}=1 asks for the CUDA extension, which cannot be built: {reason}")
     _report(reason)
 
 
@@ -48,10 +52,9 @@ def attempt(build_extension, extension, build_lib: str) -> None:
 
 
 def give_up(error: Exception, build_lib: str) -> None:
-    """Called while ``error``, which ended the build of the extension, is being handled; raises it where the build was
-    told to have the extension."""
+    """After ``error``, which ended the build of the extension: says so, or raises where the build was told to have it."""
     if os.environ.get(CHOICE) == "1":
-        raise error
+        raise Required(f"{CHOICE}=1 asks for the CUDA extension, whose build failed: {error}") from error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     copied = Path(build_lib, "vrm_kernels", REPORT.name)
     _report(f"nvcc failed: {lines[0] if lines else type(error).__name__}", *([copied] if copied.exists() else []))

@@ -44,6 +44,9 @@ template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char*
 template <class T>
 void run(const Problem<T>& problem, const Tuning& tuning, const Multiply<T>& multiply, cudaStream_t stream);
 
+// Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
+const char* refusal();
+
 // The pieces of the selection, for edges that several processes share: each counts its own, the first
 // kCountsOfSelection<T> integers of the status are added over all, and each advances alike. `status` is zero at first.
 template <class T> constexpr int64_t kCountsOfSelection = kPasses<T> * 2 * kBins + 1;

@@ -114,7 +114,7 @@ std::vector<std::unique_ptr<Buffer>> buffers;
 Buffer* last_buffer = nullptr;
 uint32_t grid_time = 0;
 uint64_t order_seed = 0;
-bool checking = true;
+bool checking = true, known_device = true;
 int64_t launches = 0, fibres_run = 0;
 std::vector<std::string> kernels_run;
 
@@ -230,27 +230,38 @@ std::string name_of(const void* kernel) {
   return status == 0 ? name.get() : info.dli_sname;
 }
 
-// Runs fibres [0, n) until all are done, in an order that changes at every turn if a seed is set.
+void run_fibre(Fibre& fibre) {
+  current = &fibre;
+  threadIdx = dim3(static_cast<unsigned>(fibre.thread), 0, 0);
+  blockIdx = dim3(static_cast<unsigned>(fibre.block), 0, 0);
+  switch_context(scheduler, fibre.context);
+  current = nullptr;
+}
+
+// Runs fibres [0, n) until all are done: a warp as far as its barriers let it, then another; warps and lanes in an order
+// that changes at every turn if a seed is set. (Races are found by what barriers order, not by what happens to come first.)
 void run_fibres(size_t n, size_t block_size) {
   std::mt19937_64 random(order_seed);
-  std::vector<size_t> order(n);
-  for (size_t k = 0; k < n; ++k) order[k] = k;
+  std::vector<size_t> order(n / 32);
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
   for (;;) {
     if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
     bool progress = false;
     size_t done = 0;
-    for (size_t k : order) {
-      Fibre& fibre = fibres[k];
-      if (fibre.state == State::ready) {
-        progress = true;
-        current = &fibre;
-        threadIdx = dim3(static_cast<unsigned>(fibre.thread), 0, 0);
-        blockIdx = dim3(static_cast<unsigned>(fibre.block), 0, 0);
-        switch_context(scheduler, fibre.context);
-        current = nullptr;
-        if (!fault.empty()) return;
+    for (size_t warp : order) {
+      Fibre* lanes = &fibres[warp * 32];
+      for (bool again = true; again; progress |= again) {
+        again = false;
+        const size_t turn = order_seed != 0 ? random() % 32 : 0;
+        for (size_t k = 0; k < 32; ++k) {
+          Fibre& fibre = lanes[k ^ turn];
+          if (fibre.state != State::ready) continue;
+          again = true;
+          run_fibre(fibre);
+          if (!fault.empty()) return;
+        }
       }
-      done += fibre.state == State::done;
+      for (size_t k = 0; k < 32; ++k) done += lanes[k].state == State::done;
     }
     if (done == n) return;
     for (size_t begin = 0; begin < n; begin += block_size)
@@ -296,6 +307,8 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   leave(State::at_warp_operation);
   return warp.result[warp.turn];
 }
+
+bool device_is_known() { return known_device; }
 
 char* shared_memory() { return blocks[current->block].memory.data(); }
 
@@ -413,6 +426,8 @@ void __tsan_vptr_read(void**) {}
 void cuda_shim_set_order(uint64_t seed) { shim::order_seed = seed; }
 // Without the checks of every access the emulation is three times as fast.
 void cuda_shim_set_checks(int on) { shim::checking = on != 0; }
+// Whether the kernels were compiled for the device.
+void cuda_shim_set_known_device(int on) { shim::known_device = on != 0; }
 int64_t cuda_shim_launches() { return shim::launches; }
 void cuda_shim_forget_kernels() { shim::kernels_run.clear(); }
 // Their names, a line each, into `out`; returns how many bytes that takes.
