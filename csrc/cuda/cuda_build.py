@@ -52,7 +52,7 @@ def attempt(build_extension, extension, build_lib: str) -> None:
 
 
 def give_up(error: Exception, build_lib: str) -> None:
-    """After ``error``, which ended the build of the extension: says so, or raises where the build was told to have it."""
+    """After ``error``, which ended its build: says so, or raises where the build was told to have the extension."""
     if os.environ.get(CHOICE) == "1":
         raise Required(f"{CHOICE}=1 asks for the CUDA extension, whose build failed: {error}") from error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
