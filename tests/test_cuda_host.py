@@ -249,6 +249,31 @@ def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatc
     assert not usable and "not built for Old GPU" in note and "TORCH_CUDA_ARCH_LIST=7.0" in note
 
 
+@pytest.mark.parametrize(
+    ("own", "forms"), [(False, ["one_launch", "launches", "tiles"]), (True, ["one_launch", "launches"])]
+)
+def test_what_the_sanitizer_watches_takes_the_forms_it_says(host, monkeypatch, own, forms):
+    """benchmarks/gpu_small.py, which a GPU is needed to run as it is."""
+    from vrm_kernels.backends import native_cuda
+
+    gpu_small = pytest.importorskip("benchmarks.gpu_small")
+    host.cuda_shim_set_checks(0)
+    monkeypatch.setattr(native_cuda, "TUNING", native_cuda.TUNING)
+    taken, results = [], []
+    for name, take in gpu_small.paths("cuda", own):
+        take()
+        torch.manual_seed(0)
+        host.cuda_shim_forget_kernels()
+        results.append(list(gpu_small.losses(cuda_host.NAME, "cpu")))
+        one = any("one_launch_kernel" in kernel for kernel in cuda_host.kernels_run(host))
+        assert one == (name == "one_launch") and native_cuda.TUNING.form == name
+        taken.append(name)
+    assert taken == forms
+    for first, other in itertools.product(results[:1], results[1:]):
+        for (_, *wanted), (_, *got) in zip(first, other, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4) and all(x > 0 for x in got)
+
+
 # ---- order, races, the same bits -------------------------------------------------------------------------------------
 
 
@@ -323,31 +348,6 @@ def test_an_unknown_form_is_refused(host, monkeypatch):
     monkeypatch.setattr(native_cuda, "TUNING", native_cuda.Tuning(tile_edge=0))
     with pytest.raises(ValueError, match="must be positive, not 0"):
         evaluate(cuda_host.NAME, logits)
-
-
-@pytest.mark.parametrize(
-    ("own", "forms"), [(False, ["one_launch", "launches", "tiles"]), (True, ["one_launch", "launches"])]
-)
-def test_what_the_sanitizer_watches_takes_the_forms_it_says(host, monkeypatch, own, forms):
-    """benchmarks/gpu_small.py, which a GPU is needed to run as it is."""
-    from vrm_kernels.backends import native_cuda
-
-    gpu_small = pytest.importorskip("benchmarks.gpu_small")
-    host.cuda_shim_set_checks(0)
-    monkeypatch.setattr(native_cuda, "TUNING", native_cuda.TUNING)
-    taken, results = [], []
-    for name, take in gpu_small.paths("cuda", own):
-        take()
-        torch.manual_seed(0)
-        host.cuda_shim_forget_kernels()
-        results.append(list(gpu_small.losses(cuda_host.NAME, "cpu")))
-        one = any("one_launch_kernel" in kernel for kernel in cuda_host.kernels_run(host))
-        assert one == (name == "one_launch") and native_cuda.TUNING.form == name
-        taken.append(name)
-    assert taken == forms
-    for first, other in itertools.product(results[:1], results[1:]):
-        for (_, *wanted), (_, *got) in zip(first, other, strict=True):
-            assert got == pytest.approx(wanted, rel=1e-4) and all(x > 0 for x in got)
 
 
 # ---- the phases apart ------------------------------------------------------------------------------------------------

@@ -9,9 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <string>
 #include <tuple>
-#include <type_traits>
 
 #if defined(VRM_CUDA_SHIM)  // the tests run all of this on the host
 #define VRM_DISPATCH_KEY CPU
@@ -357,6 +355,11 @@ Five cuda_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, 
 }  // namespace vrm
 
 TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+  // Why the current device cannot run the kernels; empty: it can.
+  m.def("cuda_refusal() -> str", [] {
+    const char* why = vrm::cuda::refusal();
+    return std::string(why == nullptr ? "" : why);
+  });
   m.def(
       "cuda_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
       "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad, str form, int tile_edge, "
@@ -366,11 +369,6 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
       "bool need_grad, str form, int tile_edge, int stored_entropy_bytes) "
       "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
-  // Why the current device cannot run the kernels; empty: it can.
-  m.def("cuda_refusal() -> str", [] {
-    const char* why = vrm::cuda::refusal();
-    return std::string(why == nullptr ? "" : why);
-  });
   // The first passes x 2 x 2048 + 1 integers of `status` are counts, which may be added over processes between count
   // and advance.
   m.def("cuda_begin_selection(Tensor like, int edges, int rank) -> Tensor status");

@@ -5,10 +5,14 @@
 
 #include <cuda_runtime.h>
 
+#include <limits>
+
 namespace vrm {
 namespace cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+// Not NAN, which newer Windows SDKs make of a function that device code cannot call.
+template <class T> constexpr T kNotANumber = std::numeric_limits<T>::quiet_NaN();
 
 struct SquareRoot {
   template <class T> VRM_HOST_DEVICE T operator()(T x) const { return sqrt(x); }

@@ -230,6 +230,14 @@ template <class T> class TiledGraph {
 
 }  // namespace
 
+const char* refusal() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<float, Step::losses>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // answered here: the next launch's check must not find it
+  return cudaGetErrorString(error);
+}
+
 template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char* memory) {
   static_assert(sizeof(Problem<T>) <= 4096, "the parameters of a kernel");
   Problem<T> counted = problem;
@@ -264,14 +272,6 @@ void run(const Problem<T>& p, const Tuning& tuning, const Multiply<T>& multiply,
   }
   for (int k = 0; k < p.graphs; ++k) TiledGraph<T>(p, k, tuning, multiply, stream).run();
   launch_step<T, Step::losses>(p, 0, stream);
-}
-
-const char* refusal() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<float, Step::losses>);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // answered here: the next launch's check must not find it
-  return cudaGetErrorString(error);
 }
 
 // ---- a selection that several processes share

@@ -10,6 +10,9 @@
 namespace vrm {
 namespace cuda {
 
+// Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
+const char* refusal();
+
 // How the graphs are computed. `automatic` decides by sizes alone, see docs/cuda.md.
 enum class Form {
   automatic,
@@ -43,9 +46,6 @@ template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char*
 // where CUDA refuses a launch.
 template <class T>
 void run(const Problem<T>& problem, const Tuning& tuning, const Multiply<T>& multiply, cudaStream_t stream);
-
-// Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
-const char* refusal();
 
 // The pieces of the selection, for edges that several processes share: each counts its own, the first
 // kCountsOfSelection<T> integers of the status are added over all, and each advances alike. `status` is zero at first.

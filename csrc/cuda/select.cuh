@@ -153,7 +153,7 @@ template <class T> struct Advance {
     T low, high;
     from_key(status->prefix[0], low);
     from_key(status->prefix[1], high);
-    const T value = status->nan != 0 ? static_cast<T>(NAN) : interpolate(low, high, static_cast<T>(g.lerp_weight));
+    const T value = status->nan != 0 ? kNotANumber<T> : interpolate(low, high, static_cast<T>(g.lerp_weight));
     // What lies at or below the threshold: all up to one of the two values, and no value lies between them.
     const int64_t next = g.rank + 1 < g.edges ? g.rank + 1 : g.rank;
     const bool both = value >= high;
