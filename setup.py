@@ -8,6 +8,9 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+import cuda_build  # noqa: E402
+
 REPORT = ROOT / "vrm_kernels" / "_build_report.py"
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("**/*.cpp") if p.parent.name != "cuda")
 HEADERS = sorted(
@@ -50,41 +53,68 @@ def report(reason: str, *copies: Path) -> None:
 def extension():
     """``(ext_modules, cmdclass)`` for setup(), empty where the extension cannot be built."""
     if os.environ.get("VRM_KERNELS_NO_EXTENSION"):  # of the build alone: nothing reads it at run time
-        report("the build was told to leave it out (VRM_KERNELS_NO_EXTENSION)")
+        reason = "the build was told to leave it out (VRM_KERNELS_NO_EXTENSION)"
+        report(reason)
+        cuda_build.leave_out(reason)
         return [], {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler
     except ImportError as error:
-        report(
+        reason = (
             f"torch is needed to build it and is not installed here ({error}); "
             "install torch first and build with --no-build-isolation"
         )
+        report(reason)
+        cuda_build.leave_out(reason)
         return [], {}
 
-    sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
-    import cuda_build
-
     class Build(BuildExtension):
-        def build_extension(self, ext):
-            if ext.name.endswith("._cuda"):
-                cuda_build.attempt(super().build_extension, ext, self.build_lib)
-            else:
-                super().build_extension(ext)
+        """Builds what it can: the failure of one extension costs neither the other nor the package."""
+
+        begun = False
 
         def run(self):
             try:
                 super().run()
-            except Exception as error:  # whatever a toolchain fails with, the package still installs
-                if os.environ.get("VRM_KERNELS_REQUIRE_EXTENSION"):
-                    raise
-                lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-                reason = f"the compiler {get_cxx_compiler()!r} failed: "
-                reason += f"{lines[0] if lines else type(error).__name__} (pip install -v shows its messages)"
-                copied = Path(self.build_lib, "vrm_kernels", REPORT.name)
-                report(reason, *([copied] if copied.exists() else []))
-                for stale in REPORT.parent.glob("_C.*"):  # an older build must not pass for this one
-                    stale.unlink()
+            except cuda_build.Required:
+                raise
+            except Exception as error:
+                self.give_up(error)
                 self.extensions = []
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                # Before it builds anything, torch refuses a toolkit that does not fit it, or the host's compiler.
+                cuda = [extension for extension in self.extensions if cuda_build.is_cuda(extension)]
+                if self.begun or not cuda:
+                    raise
+                cuda_build.give_up(error, self.build_lib)
+                self.extensions = [extension for extension in self.extensions if extension not in cuda]
+                super().build_extensions()
+
+        def build_extension(self, ext):
+            self.begun = True
+            if cuda_build.is_cuda(ext):
+                cuda_build.attempt(super().build_extension, ext, self.build_lib)
+                return
+            try:
+                super().build_extension(ext)
+            except Exception as error:  # whatever a toolchain fails with
+                self.give_up(error)
+                ext.optional = True  # setuptools then does not miss the file
+
+        def give_up(self, error):
+            if os.environ.get("VRM_KERNELS_REQUIRE_EXTENSION"):
+                raise error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = f"the compiler {get_cxx_compiler()!r} failed: "
+            reason += f"{lines[0] if lines else type(error).__name__} (pip install -v shows its messages)"
+            copied = Path(self.build_lib, "vrm_kernels", REPORT.name)
+            report(reason, *([copied] if copied.exists() else []))
+            for stale in REPORT.parent.glob("_C.*"):  # an older build must not pass for this one
+                stale.unlink()
 
     module = CppExtension("vrm_kernels._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS})
     report("")

@@ -36,22 +36,26 @@ COMPILE_ELEMENTS = 1e8
 # Passing every component through memory some forty times takes half a minute a call from here on.
 PAIRWISE_ELEMENTS = 1e11
 # In this order, so that what runs out of time is what others have measured already.
-GROUPS = (("triton", "torch"), ("eager", "chunked"), ("eager+compile",))
+GROUPS = (("triton", "cuda", "torch"), ("eager", "chunked"), ("eager+compile",))
 STYLES = {
     "eager": ("#000000", "o"),
     "eager+compile": ("#E69F00", "s"),
     "chunked": ("#56B4E9", "^"),
     "torch": ("#009E73", "D"),
     "triton": ("#D55E00", "*"),
+    "cuda": ("#CC79A7", "v"),
 }
+# Asked of the two against each other: docs/cuda.md.
+ALLOWED_RATIO = 1.3
 
 
-def _triton() -> VRMLoss:
-    return VRMLoss(ALPHA, BETA, unreliable_pruning_percentile=PERCENTILE, backend="triton")
+def _loss(backend: str) -> Callable[[], VRMLoss]:
+    return lambda: VRMLoss(ALPHA, BETA, unreliable_pruning_percentile=PERCENTILE, backend=backend)
 
 
 GPU_PEERS = {name: PEERS[name] for name in ("eager", "eager+compile", "chunked", "torch")}
-GPU_PEERS["triton"] = Peer("triton", "backend triton: fused kernels and matrix products", "triton", _triton)
+GPU_PEERS["triton"] = Peer("triton", "backend triton: fused kernels and matrix products", "triton", _loss("triton"))
+GPU_PEERS["cuda"] = Peer("cuda", "backend cuda: CUDA C++ kernels, and torch's products", "cuda", _loss("cuda"))
 
 
 def describe_gpu() -> Row:
@@ -279,6 +283,30 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def ratios(rows: list[Row], peer: str = "cuda", base: str = "triton") -> list[str]:
+    """A line for each problem that both have solved: the times of ``peer`` over those of ``base``."""
+    problem = ("batch", "classes", "dtype", "mode")
+    solved = {(row["peer"], *(row[name] for name in problem)): row for row in rows if row["status"] == "ok"}
+    lines = []
+    for (name, *key), mine in solved.items():
+        other = solved.get((base, *key))
+        if name != peer or other is None:
+            continue
+        batch, classes, dtype, mode = key
+        found = {
+            what: mine[column] / other[column]
+            for what, column in (("a call", "time_ms"), ("a replay", "replay_ms"), ("memory", "peak_mb"))
+            if mine.get(column) and other.get(column)
+        }
+        slow = any(found.get(what, 0) > ALLOWED_RATIO for what in ("a call", "a replay"))
+        shown = ", ".join(f"{what} {value:.2f}" for what, value in found.items())
+        lines.append(
+            f"{batch}x{classes} {dtype} {mode}: {peer} / {base}: {shown}"
+            + (f"  more than {ALLOWED_RATIO}" if slow else "")
+        )
+    return lines
+
+
 def _size(text: str) -> tuple[int, int]:
     try:
         b, c = map(int, text.split("x"))
@@ -314,6 +342,7 @@ def main(words: list[str] | None = None) -> None:
         size = f"{row['batch']}x{row['classes']}"
         print(f"{size:<11}{row['dtype']:<10}{row['peer']:<15}{row['mode']:<17}{shown}", flush=True)
     draw(rows, path.with_suffix(".png"))
+    print(*ratios(rows), sep="\n")
     print(f"written to {path} and {path.with_suffix('.png').name}")
 
 

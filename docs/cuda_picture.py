@@ -8,17 +8,19 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 matplotlib.use("Agg")
 matplotlib.rcParams["svg.hashsalt"] = "vrm"  # the same picture, the same bytes
+matplotlib.rcParams["svg.fonttype"] = "none"  # text as text, in whatever font there is: room is left for a wider one
+matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans", "Verdana", "Arial"]
 
 INK, BLUE, ORANGE, GREEN, GREY = "#222222", "#3b6fb6", "#d9822b", "#4c9a5b", "#dddddd"
 STEPS = [
-    ("prepare", "softmax: a warp a row\ncolumn sums: a block\n32 dims x a chunk", BLUE),
-    ("means,\nentropy", "a thread a dim;\na block 32 x 32 edges", BLUE),
-    ("pack", "a block 32 vertices:\ncentred s, t, s - t;\nnorms", BLUE),
-    ("histogram", "a block 16384 edges;\ncounts in shared\nmemory", GREEN),
-    ("advance", "one block a graph:\nthe next digit of the\nthreshold", GREEN),
-    ("weigh", "a block 32 x 32 edges:\n3 dots, certificate,\nbeta, gamma, loss", ORANGE),
-    ("gradient", "a block 32 vertices\nx 32 dims: 2 products,\nliteral edges", ORANGE),
-    ("finish", "a block 32 x 32\nof the result, in the\ncaller's layout", BLUE),
+    ("prepare", "softmax:\na warp a row;\ncolumn sums:\na block 32 dims\nof a chunk", BLUE),
+    ("means,\nentropy", "a thread a dim;\na block\n32 x 32 edges", BLUE),
+    ("pack", "a block\n32 vertices:\ncentred s, t, s - t;\nnorms", BLUE),
+    ("histogram", "a block\n16384 edges;\ncounts in shared\nmemory", GREEN),
+    ("advance", "one block a graph:\nthe next digit of\nthe threshold", GREEN),
+    ("weigh", "a block\n32 x 32 edges:\n3 dots, certificate,\nbeta, gamma, loss", ORANGE),
+    ("gradient", "a block 32 vertices\nby 32 dims:\n2 products,\nliteral edges", ORANGE),
+    ("finish", "a block 32 x 32\nof the result,\nin the caller's\nlayout", BLUE),
 ]
 
 
@@ -37,12 +39,10 @@ def draw_tile(ax):
     for w in range(8):
         box(ax, 0, 28 - 4 * w, 32, 4, ORANGE if w == 2 else GREY, alpha=0.35)
         ax.text(33, 30 - 4 * w, f"warp {w}: rows {4 * w} to {4 * w + 3}", va="center", size=7.5, color=INK)
-    for lane in range(33):
-        ax.plot([lane, lane], [0, 32], color="white", linewidth=0.5)
-    for row in range(33):
-        ax.plot([0, 32], [row, row], color="white", linewidth=0.4)
+    ax.vlines(range(33), 0, 32, color="white", linewidth=0.5)
+    ax.hlines(range(33), 0, 32, color="white", linewidth=0.4)
     for column in (5, 19):
-        ax.add_patch(Rectangle((column, 22), 1, 1, color=INK))
+        ax.add_patch(Rectangle((column, 22), 1, 1, color=INK, zorder=3))
     ax.text(16, 34, "lane = column j", ha="center", size=8)
     arrow(ax, (4, 33.2), (30, 33.2))
     ax.text(-1, 16, "row i", rotation=90, ha="right", va="center", size=8)
@@ -60,7 +60,7 @@ def draw_steps(ax):
     for k, (name, what, colour) in enumerate(STEPS):
         x = 12.4 * k
         box(ax, x, 6, 10.6, 6, colour, name, size=9, weight="bold")
-        ax.text(x + 5.3, 5.2, what, ha="center", va="top", size=7, color=INK)
+        ax.text(x + 5.3, 5.2, what, ha="center", va="top", size=7, color=INK, linespacing=1.3)
         if k:
             ax.plot([x - 0.9] * 2, [5.4, 12.6], color=INK, linewidth=2.2 if k != 3 else 0)
     arrow(ax, (12.4 * 4 + 8, 12.2), (12.4 * 3 + 2, 12.2), connectionstyle="arc3,rad=0.25")
@@ -100,7 +100,11 @@ def main() -> None:
         ax = figure.add_subplot(area)
         ax.axis("off")
         draw(ax)
-    figure.savefig(Path(__file__).with_name("cuda.svg"), bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        Path(__file__).with_name("cuda.svg"),
+        bbox_inches="tight",
+        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """When the CUDA extension is built, for what, and what is said when it is not. Nothing is compiled here."""
 
 import re
+import runpy
 import shutil
 import sys
 
 import pytest
+import setuptools
 import torch
 from cuda_resources import ROOT
+from setuptools.command import build_ext
 from torch.utils import cpp_extension
 
 import vrm_kernels
@@ -46,6 +49,33 @@ def test_no_toolkit(monkeypatch, tmp_path):
         assert "no CUDA toolkit" in reason() and "CUDA 13.0" in reason() and "CUDA_HOME" in reason()
 
 
+def test_a_toolkit_of_another_major_version(monkeypatch, tmp_path):
+    """torch refuses it while everything is being built."""
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "CUDAExtension", lambda *_, **__: "made")
+    nvcc = fake_nvcc(tmp_path, ["80"], release="12.8")
+    assert cuda_build.extensions() == []
+    assert "is CUDA 12.8 and torch is built for CUDA 13.2" in reason() and "CUDA_HOME" in reason()
+    nvcc.write_text(nvcc.read_text().replace("12.8", "13.0"))
+    assert cuda_build.extensions() == ["made"]
+
+
+def test_a_build_for_rocm_is_no_cpu_build(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert cuda_build.extensions() == [] and reason().endswith("is a ROCm build")
+
+
+def test_the_compilers_name_on_windows(tmp_path):
+    (tmp_path / "bin").mkdir()
+    for system, name in (("nt", "nvcc.exe"), ("posix", "nvcc")):
+        assert cuda_build.compiler_of(str(tmp_path), system) is None
+        (tmp_path / "bin" / name).write_text("")
+        assert cuda_build.compiler_of(str(tmp_path), system) == tmp_path / "bin" / name
+    assert cuda_build.compiler_of(None) is None
+
+
 def test_the_builds_choice(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setenv(cuda_build.CHOICE, "1")
@@ -58,10 +88,11 @@ def test_the_builds_choice(monkeypatch):
         cuda_build.extensions()
 
 
-def fake_nvcc(folder, targets):
+def fake_nvcc(folder, targets, release="13.0"):
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo sm_{target}\n" for target in targets))
+    lines = [f"echo 'Cuda compilation tools, release {release}, V{release}.1'", *(f"echo sm_{t}" for t in targets)]
+    nvcc.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     nvcc.chmod(0o755)
     return nvcc
 
@@ -123,6 +154,100 @@ def test_a_compiler_that_fails_leaves_the_package_installable(monkeypatch, tmp_p
     monkeypatch.setenv(cuda_build.CHOICE, "1")
     with pytest.raises(RuntimeError, match="no such host compiler"):
         cuda_build.attempt(fail, one, str(tmp_path / "lib"))
+
+
+# ---- setup.py: what one extension's failure costs --------------------------------------------------------------------
+
+
+@pytest.fixture
+def setup_py(monkeypatch, tmp_path):
+    """Runs a copy of setup.py, which then writes beside the copy, and gives what it calls setup() with."""
+
+    def run():
+        for name in ("setup.py", "vrm_kernels/__init__.py"):
+            copy = tmp_path / "tree" / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text((ROOT / name).read_text())
+        called = []
+        monkeypatch.setattr(setuptools, "setup", lambda **settings: called.append(settings))
+        runpy.run_path(str(tmp_path / "tree" / "setup.py"))
+        return called[0]
+
+    for name in ("VRM_KERNELS_NO_EXTENSION", "VRM_KERNELS_REQUIRE_EXTENSION"):
+        monkeypatch.delenv(name, raising=False)
+    return run
+
+
+def cpp_reason(tmp_path):
+    return (tmp_path / "tree" / "vrm_kernels" / "_build_report.py").read_text().split("REASON = ")[1].strip()
+
+
+@pytest.fixture
+def build(setup_py, monkeypatch, tmp_path):
+    """``build(broken)`` builds both extensions, with a toolchain that fails for those named, and returns the others.
+    "toolkit" is torch's check of toolkit and compiler, before everything else."""
+    made = []
+
+    def torchs_build(command):
+        if "toolkit" in made[0] and any(cuda_build.is_cuda(module) for module in command.extensions):
+            raise RuntimeError("The host's compiler is too new for this toolkit")
+        for module in command.extensions:
+            command.build_extension(module)
+
+    def one_build(_, extension):
+        if extension.name in made[0]:
+            raise RuntimeError(f"no {extension.name}")
+        made.append(extension.name)
+
+    def run(broken):
+        monkeypatch.setattr(cpp_extension.BuildExtension, "build_extensions", torchs_build)
+        monkeypatch.setattr(build_ext.build_ext, "build_extension", one_build)
+        monkeypatch.setattr(cuda_build, "extensions", lambda: [setuptools.Extension("vrm_kernels._cuda", [])])
+        settings = setup_py()
+        command = settings["cmdclass"]["build_ext"](setuptools.Distribution({"ext_modules": settings["ext_modules"]}))
+        command.ensure_finalized()
+        made[:] = [broken]
+        command.run()
+        return made[1:]
+
+    return run
+
+
+BOTH = ["vrm_kernels._C", "vrm_kernels._cuda"]
+
+
+def test_both_extensions_are_built(build, tmp_path):
+    assert build(()) == BOTH and cpp_reason(tmp_path) == "''"
+
+
+@pytest.mark.parametrize("broken", ["vrm_kernels._cuda", "toolkit"])
+def test_a_failure_of_nvcc_does_not_cost_the_cpu_extension(build, monkeypatch, tmp_path, broken):
+    assert build((broken,)) == BOTH[:1]
+    assert reason().startswith("nvcc failed: ") and cpp_reason(tmp_path) == "''"
+    monkeypatch.setenv(cuda_build.CHOICE, "1")
+    with pytest.raises(RuntimeError, match=r"asks for the CUDA extension.*(no vrm_kernels._cuda|too new)"):
+        build((broken,))
+    assert cpp_reason(tmp_path) == "''"
+
+
+def test_a_failure_of_the_cpu_extension_does_not_cost_the_cuda_one(build, monkeypatch, tmp_path):
+    """As on Windows: the CPU kernels use vectors that MSVC does not have."""
+    assert build(BOTH[:1]) == BOTH[1:]
+    assert "no vrm_kernels._C" in cpp_reason(tmp_path) and not cuda_build.REPORT.exists()
+    monkeypatch.setenv("VRM_KERNELS_REQUIRE_EXTENSION", "1")
+    with pytest.raises(RuntimeError, match="no vrm_kernels._C"):
+        build(BOTH[:1])
+
+
+def test_a_build_without_extensions_says_so_of_both(setup_py, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("VRM_KERNELS_NO_EXTENSION", "1")
+    assert setup_py()["ext_modules"] == []
+    assert "VRM_KERNELS_NO_EXTENSION" in reason() and "VRM_KERNELS_NO_EXTENSION" in cpp_reason(tmp_path)
+    said = [line for line in capsys.readouterr().err.splitlines() if "backend `cuda`" in line]
+    assert len(said) == 1 and "left out" in said[0]
+    monkeypatch.setenv(cuda_build.CHOICE, "1")
+    with pytest.raises(RuntimeError, match="asks for the CUDA extension"):
+        setup_py()
 
 
 def test_describe_says_why_it_is_missing():

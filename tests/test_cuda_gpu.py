@@ -1,5 +1,7 @@
 """The `cuda` backend on a device. `make gpu-check` runs these; elsewhere they are skipped by name."""
 
+import os
+
 import pytest
 import torch
 from helpers import (
@@ -147,6 +149,36 @@ def test_no_host_synchronisation():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_deterministic_algorithms_change_nothing(form):
+    if form == "tiles" and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        pytest.skip("torch refuses its products in this mode without CUBLAS_WORKSPACE_CONFIG")
+    batch = on_device(make_logits(Case((64, 60)), torch.float32, seed=0))
+    wanted = call(batch, form)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = call(batch, form)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_torchs_products_obey_the_switch_for_tf32():
+    """Ours are always in full float32."""
+    batch = on_device(make_logits(Case((160, 256)), torch.float32, seed=0))
+    wanted = {form: call(batch, form) for form in FORMS}
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = {form: call(batch, form) for form in FORMS}
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for form in ("one_launch", "launches"):
+        assert all(map(torch.equal, got[form], wanted[form]))
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert not torch.equal(got["tiles"][1], wanted["tiles"][1])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_the_inputs_device_is_used():
     batch = make_logits(Case((64, 60)), torch.float32, seed=0)
@@ -156,8 +188,11 @@ def test_the_inputs_device_is_used():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_triton_agrees_on_random_problems(seed):
-    """The second opinion: two backends with nothing in common but the formulas."""
+def test_triton_agrees_on_random_problems(cuda, monkeypatch, seed):
+    """The second opinion: two backends with nothing in common but the formulas. Every form of this one in turn."""
+    monkeypatch.setattr(
+        cuda, "TUNING", (cuda.Tuning(), *(cuda.Tuning(*form) for form in FORMS.values()))[seed // 4 % 4]
+    )
     triton = backends.REGISTRY.get("triton")
     if triton is None or not triton.status()[0] or not triton.runs_on("cuda"):
         pytest.skip("backend 'triton' is not usable here")

@@ -7,6 +7,8 @@ which threads and blocks run is shuffled. What is imported below runs here again
 import ctypes
 import itertools
 import shutil
+import sys
+import types
 
 import cuda_host
 import pytest
@@ -50,6 +52,7 @@ from test_parity_settings import (  # noqa: F401
     test_parity_over_weights,
 )
 
+import vrm_kernels
 import vrm_kernels.functional as VF
 from vrm_kernels import backends, pruning
 from vrm_kernels.backends import reference
@@ -73,7 +76,12 @@ def host(monkeypatch):
     library = cuda_host.load()
     monkeypatch.setitem(backends.REGISTRY, cuda_host.NAME, cuda_host.backend())
     library.cuda_shim_set_order(1)
+    # The emulation has one thread and torch's products here are tiny: where cores are few, waiting for torch's other
+    # threads takes longer than the work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield library
+    torch.set_num_threads(threads)
     library.cuda_shim_set_checks(1)
 
 
@@ -156,10 +164,12 @@ def test_parity_in_every_form(host, monkeypatch, form, case):
 
 
 def test_small_graphs_take_one_launch_and_large_ones_tiles(host):
-    """The default, by sizes: a graph of 1100 x 1000 edges is more than one kernel is given. One of them is kept."""
+    """The default, by sizes: 1100 x 1000 edges are more than one kernel is given, and so is a block's share of a few
+    edges of many dimensions. One edge is kept."""
     host.cuda_shim_set_checks(0)
-    for m, n, one in [(8, 6, True), (1100, 1000, False)]:
-        a, b, teacher_a, teacher_b, p, q = (torch.randn(k, 4) for k in (m, n) * 3)
+    for m, n, dims, one in [(8, 6, 4, True), (1100, 1000, 4, False), (8, 6, 4096, True), (8, 6, 4097, False)]:
+        a, b, teacher_a, teacher_b = (torch.randn(k, dims) for k in (m, n) * 2)
+        p, q = (torch.randn(k, 4) for k in (m, n))
         host.cuda_shim_forget_kernels()
         settings = {"probs": (p.softmax(1), q.softmax(1)), "percentile": 0.0, "backend": cuda_host.NAME}
         assert VF.relation_loss(a, b, teacher_a, teacher_b, **settings).isfinite()
@@ -209,6 +219,61 @@ def test_both_sides_of_one_vertex_set_get_their_gradients(host, monkeypatch, for
         torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
 
 
+@FLOATS
+def test_one_vertex_on_both_sides_has_no_edges(host, dtype):
+    x, teacher, probs = torch.randn(1, 6, dtype=dtype), torch.randn(1, 6, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    arguments = (x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True)
+    expected, kept = reference.relation_graph(*arguments)
+    loss, count, *grads = backends.REGISTRY[cuda_host.NAME].load().relation_graph(*arguments, True)
+    assert float(loss) == float(expected) == 0 and int(count) == int(kept) == 0
+    assert all(torch.equal(grad, torch.zeros_like(x)) for grad in grads)
+
+
+def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatch):
+    """A GPU older than the targets: "auto" must go on to the next backend instead of failing at the first launch."""
+    from vrm_kernels import extension
+
+    monkeypatch.setitem(sys.modules, "vrm_kernels._cuda_report", types.SimpleNamespace(REASON=""))
+    monkeypatch.setattr(vrm_kernels, "_cuda_report", sys.modules["vrm_kernels._cuda_report"], raising=False)
+    monkeypatch.setitem(sys.modules, "vrm_kernels._cuda", types.ModuleType("vrm_kernels._cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    status = extension._load_cuda.__wrapped__
+    assert status()[0]
+    host.cuda_shim_set_known_device(0)
+    try:
+        usable, note = status()
+    finally:
+        host.cuda_shim_set_known_device(1)
+    assert not usable and "not built for Old GPU" in note and "TORCH_CUDA_ARCH_LIST=7.0" in note
+
+
+@pytest.mark.parametrize(
+    ("own", "forms"), [(False, ["one_launch", "launches", "tiles"]), (True, ["one_launch", "launches"])]
+)
+def test_what_the_sanitizer_watches_takes_the_forms_it_says(host, monkeypatch, own, forms):
+    """benchmarks/gpu_small.py, which a GPU is needed to run as it is."""
+    from vrm_kernels.backends import native_cuda
+
+    gpu_small = pytest.importorskip("benchmarks.gpu_small")
+    host.cuda_shim_set_checks(0)
+    monkeypatch.setattr(native_cuda, "TUNING", native_cuda.TUNING)
+    taken, results = [], []
+    for name, take in gpu_small.paths("cuda", own):
+        take()
+        torch.manual_seed(0)
+        host.cuda_shim_forget_kernels()
+        results.append(list(gpu_small.losses(cuda_host.NAME, "cpu")))
+        one = any("one_launch_kernel" in kernel for kernel in cuda_host.kernels_run(host))
+        assert one == (name == "one_launch") and native_cuda.TUNING.form == name
+        taken.append(name)
+    assert taken == forms
+    for first, other in itertools.product(results[:1], results[1:]):
+        for (_, *wanted), (_, *got) in zip(first, other, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4) and all(x > 0 for x in got)
+
+
 # ---- order, races, the same bits -------------------------------------------------------------------------------------
 
 
@@ -238,6 +303,9 @@ FAULTS = {  # see planted.cu
     9: "read of 4 bytes outside of every array",
     10: "race: write after another thread's read|race: read after another thread's write",
     11: "1 words of the outputs were not written",
+    12: "race: (read|write) after another thread's (write|read)",
+    13: "race: write after another thread's write|memory that nothing has written",
+    14: "race: write after another thread's read|race: read after another thread's write",
 }
 
 
@@ -251,7 +319,7 @@ def test_the_emulation_finds_planted_faults(host, fault, order):
     failed = host.cuda_shim_planted(fault, x, message)
     if fault == 0:
         assert not failed, message.value
-        assert list(x) == [62.0 + 3, *(63.0 - (k ^ 1) for k in range(1, 64))]
+        assert list(x) == [62.0 + 3, 63.0 + 64, *(63.0 - (k ^ 1) for k in range(2, 64))]
         return
     found = message.value.decode()
     assert failed and re.search(FAULTS[fault], found), found

@@ -73,6 +73,19 @@ def test_the_table_in_the_docs_is_of_these_kernels(resources):
         assert cuda_resources.table(resources) in made, "run: python tests/cuda_resources.py"
 
 
+def test_device_code_keeps_to_what_windows_has():
+    """There the macros NAN and INFINITY may be functions of the host, and M_PI and its kin are not defined."""
+    sources = [p for p in cuda_resources.SOURCE.parent.iterdir() if p.suffix in (".cu", ".cuh", ".h")]
+    found = {
+        p.name: re.findall(r"\b(?:NAN|INFINITY|HUGE_VAL|M_\w+|__builtin_\w+)\b(?=[;,) ])", code(p)) for p in sources
+    }
+    assert len(sources) > 5 and not any(found.values()), found
+
+
+def code(path):
+    return re.sub(r"//.*", "", path.read_text())
+
+
 def test_the_binding_fits_torchs_own_headers(tmp_path):
     """Not compiled against a CUDA build of torch here, but what there is of its headers is read: the syntax and the
     names hold. (tests/test_cuda_host.py compiles and runs it with the host's stand-ins for guard and stream.)"""

@@ -55,4 +55,10 @@ def _load_cuda() -> tuple[bool, str]:
         importlib.import_module("vrm_kernels._cuda")
     except ImportError as error:
         return False, f"the extension vrm_kernels._cuda was built but does not load: run 'make build' again ({error})"
+    if refusal := torch.ops.vrm_kernels.cuda_refusal():
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        return False, (
+            f"the CUDA kernels are not built for {torch.cuda.get_device_name()} ({refusal}): build again with "
+            f"TORCH_CUDA_ARCH_LIST={capability}"
+        )
     return True, "CUDA C++ kernels; not yet measured on a GPU"

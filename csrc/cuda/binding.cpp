@@ -153,7 +153,7 @@ template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const T
   };
   side(g.a, a, teacher_a, probs, grad_a);
   side(g.b, b, teacher_b, log_probs, grad_b);
-  g.keep_all = !probs.defined();
+  g.keep_all = !probs.defined() || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
   g.depth = g.keep_all ? 0 : probs.size(1);
   g.need_grad = need_grad;
   g.rank = rank, g.lerp_weight = lerp_weight;
@@ -355,6 +355,11 @@ Five cuda_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, 
 }  // namespace vrm
 
 TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+  // Why the current device cannot run the kernels; empty: it can.
+  m.def("cuda_refusal() -> str", [] {
+    const char* why = vrm::cuda::refusal();
+    return std::string(why == nullptr ? "" : why);
+  });
   m.def(
       "cuda_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
       "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad, str form, int tile_edge, "

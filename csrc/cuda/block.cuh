@@ -5,10 +5,14 @@
 
 #include <cuda_runtime.h>
 
+#include <limits>
+
 namespace vrm {
 namespace cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+// Not NAN, which newer Windows SDKs make of a function that device code cannot call.
+template <class T> constexpr T kNotANumber = std::numeric_limits<T>::quiet_NaN();
 
 struct SquareRoot {
   template <class T> VRM_HOST_DEVICE T operator()(T x) const { return sqrt(x); }
@@ -43,6 +47,22 @@ template <class V> __device__ __forceinline__ V block_sum(V x, V* room) {
   for (int k = 1; k < kWarps; ++k) total += room[k];
   __syncthreads();
   return total;
+}
+
+// Over the threads before this one; `room` as above.
+template <class V> __device__ __forceinline__ V block_sum_before(V x, V* room) {
+  V sum = x;  // of the warp, up to this lane
+#pragma unroll
+  for (int k = 1; k < 32; k <<= 1) {
+    const V other = __shfl_up_sync(kFullWarp, sum, k);
+    if (lane_index() >= k) sum += other;
+  }
+  if (lane_index() == 31) room[warp_index()] = sum;
+  __syncthreads();
+  V before = sum - x;
+  for (int k = 0; k < warp_index(); ++k) before += room[k];
+  __syncthreads();
+  return before;
 }
 
 // A square of 32 x 32 elements in shared memory; the odd row length keeps both ways of walking it free of conflicts.

@@ -14,16 +14,32 @@ DEFAULT_TARGETS = (80, 90, 100)  # of NVIDIA's numbering; the last one's PTX ser
 FLAGS = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]}
 
 
+class Required(RuntimeError):
+    """The build was told to have the extension, and cannot."""
+
+
 def extensions() -> list:
     """The extension, or none, having said why. Needs no GPU, and looks for no toolkit beside a CPU build of torch."""
     choice = os.environ.get(CHOICE, "")
     if choice not in ("", "0", "1"):
         raise ValueError(f"{CHOICE} must be 0, 1 or unset, not {choice!r}")
     modules, reason = ([], f"the build was told to leave it out ({CHOICE}=0)") if choice == "0" else _find()
-    if choice == "1" and reason:
-        raise RuntimeError(f"{CHOICE}=1 asks for the CUDA extension, which cannot be built: {reason}")
-    _report(reason)
+    if reason:
+        leave_out(reason)
+    else:
+        _report("")
     return modules
+
+
+def is_cuda(extension) -> bool:
+    return extension.name.endswith("._cuda")
+
+
+def leave_out(reason: str) -> None:
+    """Says so, or raises where the build was told to have it."""
+    if os.environ.get(CHOICE) == "1":
+        raise Required(f"{CHOICE}=1 asks for the CUDA extension, which cannot be built: {reason}")
+    _report(reason)
 
 
 def attempt(build_extension, extension, build_lib: str) -> None:
@@ -31,12 +47,17 @@ def attempt(build_extension, extension, build_lib: str) -> None:
     try:
         build_extension(extension)
     except Exception as error:  # whatever a toolchain fails with
-        if os.environ.get(CHOICE) == "1":
-            raise
+        give_up(error, build_lib)
         extension.optional = True  # setuptools then does not miss the file
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        copied = Path(build_lib, "vrm_kernels", REPORT.name)
-        _report(f"nvcc failed: {lines[0] if lines else type(error).__name__}", *([copied] if copied.exists() else []))
+
+
+def give_up(error: Exception, build_lib: str) -> None:
+    """After ``error``, which ended its build: says so, or raises where the build was told to have the extension."""
+    if os.environ.get(CHOICE) == "1":
+        raise Required(f"{CHOICE}=1 asks for the CUDA extension, whose build failed: {error}") from error
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    copied = Path(build_lib, "vrm_kernels", REPORT.name)
+    _report(f"nvcc failed: {lines[0] if lines else type(error).__name__}", *([copied] if copied.exists() else []))
 
 
 def _report(reason: str, *copies: Path) -> None:
@@ -51,17 +72,20 @@ def _report(reason: str, *copies: Path) -> None:
 
 
 def _find() -> tuple[list, str]:
-    try:
-        import torch
-    except ImportError as error:
-        return [], f"torch is not installed here ({error})"
-    if torch.version.cuda is None:
-        return [], f"this torch ({torch.__version__}) is a CPU build"
+    import torch
     from torch.utils import cpp_extension
 
-    nvcc = Path(cpp_extension.CUDA_HOME or "") / "bin" / "nvcc"
-    if not nvcc.exists():
+    if torch.version.cuda is None:
+        return [], f"this torch ({torch.__version__}) is a {'ROCm' if torch.version.hip else 'CPU'} build"
+
+    nvcc = compiler_of(cpp_extension.CUDA_HOME)
+    if nvcc is None:
         return [], f"no CUDA toolkit: torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit"
+    # torch refuses another major version too, but only once the build of everything has begun.
+    toolkit = re.search(r"release (\d+)\.(\d+)", _output_of(nvcc, "--version"))
+    if toolkit and int(toolkit[1]) != int(torch.version.cuda.split(".")[0]):
+        found = f"the toolkit in {cpp_extension.CUDA_HOME} is CUDA {toolkit[1]}.{toolkit[2]}"
+        return [], f"{found} and torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit"
     sources = [str((FOLDER / name).relative_to(ROOT)) for name in ("binding.cpp", "relation_graphs.cu")]
     depends = [str(p.relative_to(ROOT)) for pattern in ("*.h", "*.cuh") for p in FOLDER.glob(pattern)]
     flags = {**FLAGS, "nvcc": FLAGS["nvcc"] + target_flags(nvcc)}
@@ -71,13 +95,22 @@ def _find() -> tuple[list, str]:
     return [module], ""
 
 
+def compiler_of(toolkit: str | None, system: str = os.name) -> Path | None:
+    """nvcc of the toolkit in this folder, if there is one."""
+    nvcc = Path(toolkit or "", "bin", "nvcc.exe" if system == "nt" else "nvcc")
+    return nvcc if toolkit and nvcc.exists() else None
+
+
+def _output_of(*command) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def target_flags(nvcc: Path | str) -> list[str]:
     """What to compile for. torch's own rule where the user set its variable; else not what GPU happens to be visible,
     but the default targets that this toolkit knows."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
-    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    known = {int(number) for number in re.findall(r"sm_(\d+)\b", listed)}
+    known = {int(number) for number in re.findall(r"sm_(\d+)\b", _output_of(nvcc, "--list-gpu-code"))}
     targets = [number for number in DEFAULT_TARGETS if number in known]
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in targets]
     return [*flags, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]

@@ -148,7 +148,7 @@ template <class T> struct Finish {
     const double count = static_cast<double>(*g.kept) + kCountEps;
     const bool poisoned = g.status->not_finite != 0 || (!g.keep_all && !(*g.threshold == *g.threshold));
     const T scale =
-        poisoned ? static_cast<T>(NAN) : static_cast<T>(static_cast<double>(g.status->scale) * g.weight / count);
+        poisoned ? kNotANumber<T> : static_cast<T>(static_cast<double>(g.status->scale) * g.weight / count);
     load_square(tile, true, side.count - v0, g.dims - k0, [&](int v, int k) {
       const T* grad = side.grad + (v0 + v) * g.ld;
       T gamma_sum = grad[g.dims], beta_sum = -grad[g.dims + 1], sum = grad[k0 + k];
@@ -180,7 +180,7 @@ template <class T> __device__ inline void finish_losses(const Problem<T>& p) {
     const Graph<T>& g = p.graph[k];
     const bool poisoned = g.status->not_finite != 0 || (!g.keep_all && !(*g.threshold == *g.threshold));
     const double loss =
-        poisoned ? static_cast<double>(NAN) : g.status->loss / (static_cast<double>(*g.kept) + kCountEps);
+        poisoned ? kNotANumber<double> : g.status->loss / (static_cast<double>(*g.kept) + kCountEps);
     *g.loss_out = static_cast<T>(loss);
     *g.kept_out = poisoned ? 0 : *g.kept;
     total += g.weight * loss;

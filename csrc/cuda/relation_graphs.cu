@@ -12,8 +12,9 @@ namespace vrm {
 namespace cuda {
 namespace {
 
-// The one kernel pays up to here: multiply-adds of all products of a kind, and edges. Estimated, see docs/cuda.md.
-constexpr int64_t kSmallWork = int64_t{1} << 27, kSmallEdges = int64_t{1} << 20;
+// The one kernel pays up to here: multiply-adds of all products of a kind, edges, and what one block adds up for a tile
+// of them. Estimated, see docs/cuda.md.
+constexpr int64_t kSmallWork = int64_t{1} << 27, kSmallEdges = int64_t{1} << 20, kSmallDepth = 4096;
 constexpr int64_t kBlocksOfMultiprocessor = 8;
 
 void check(cudaError_t error, const char* what) {
@@ -55,8 +56,9 @@ template <class T> bool is_small(const Problem<T>& p) {
   int64_t work = 0;
   for (int k = 0; k < p.graphs; ++k) {
     const Graph<T>& g = p.graph[k];
-    if (g.rows * g.columns > kSmallEdges) return false;
-    work += g.rows * g.columns * std::max(g.dims, g.keep_all ? 1 : g.depth);
+    const int64_t depth = std::max(g.dims, g.keep_all ? 1 : g.depth);
+    if (g.rows * g.columns > kSmallEdges || depth > kSmallDepth) return false;
+    work += g.rows * g.columns * depth;
   }
   return work <= kSmallWork;
 }
@@ -227,6 +229,14 @@ template <class T> class TiledGraph {
 };
 
 }  // namespace
+
+const char* refusal() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<float, Step::losses>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // answered here: the next launch's check must not find it
+  return cudaGetErrorString(error);
+}
 
 template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char* memory) {
   static_assert(sizeof(Problem<T>) <= 4096, "the parameters of a kernel");

@@ -10,6 +10,9 @@
 namespace vrm {
 namespace cuda {
 
+// Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
+const char* refusal();
+
 // How the graphs are computed. `automatic` decides by sizes alone, see docs/cuda.md.
 enum class Form {
   automatic,

@@ -73,11 +73,12 @@ template <class T> struct Histogram {
 
   __device__ static void run(const Graph<T>& g, const EdgeTile<T>& tile, int64_t task, int pass, char* shared) {
     unsigned* counts = reinterpret_cast<unsigned*>(shared);
-    for (int bin = thread_index(); bin < 2 * kBins; bin += kThreads) counts[bin] = 0;
-    __syncthreads();
-    const int bits = digit_bits<T>(pass), shift = digit_shift<T>(pass);
     const uint64_t prefix0 = g.status->prefix[0], prefix1 = g.status->prefix[1];
     const bool two = prefix0 != prefix1;
+    const int bins = two ? 2 * kBins : kBins;  // of the second value its own, unless it has gone with the first so far
+    for (int bin = thread_index(); bin < bins; bin += kThreads) counts[bin] = 0;
+    __syncthreads();
+    const int bits = digit_bits<T>(pass), shift = digit_shift<T>(pass);
     const int64_t first = task * rows_of_task(tile);
     const int64_t rows = rows_of_task(tile) < tile.rows - first ? rows_of_task(tile) : tile.rows - first;
     for (int64_t r = warp_index(); r < rows; r += kWarps) {
@@ -104,7 +105,7 @@ template <class T> struct Histogram {
     }
     __syncthreads();
     unsigned long long* total = &g.status->histogram[pass][0][0];
-    for (int bin = thread_index(); bin < 2 * kBins; bin += kThreads)
+    for (int bin = thread_index(); bin < bins; bin += kThreads)
       if (counts[bin] != 0) atomicAdd(&total[bin], static_cast<unsigned long long>(counts[bin]));
   }
 };
@@ -113,33 +114,36 @@ template <class T> struct Histogram {
 template <class T> struct Advance {
   static constexpr int kBinsOfThread = kBins / kThreads;
 
-  // Which bin holds sorted[rank], and what is left of the rank in it: every thread looks at its own bins.
-  __device__ static void find(const unsigned long long* histogram, int64_t rank, int64_t* shared, int64_t* found) {
-    int64_t mine = 0;
-    for (int k = 0; k < kBinsOfThread; ++k) mine += static_cast<int64_t>(histogram[thread_index() * kBinsOfThread + k]);
-    shared[thread_index()] = mine;
-    __syncthreads();
-    int64_t below = 0;
-    for (int t = 0; t < thread_index(); ++t) below += shared[t];
-    for (int k = 0; k < kBinsOfThread; ++k) {
-      const int bin = thread_index() * kBinsOfThread + k;
-      const int64_t here = static_cast<int64_t>(histogram[bin]);
-      if (rank >= below && rank < below + here) found[0] = bin, found[1] = rank - below, found[2] = here;
-      below += here;
-    }
-    __syncthreads();
-  }
-
   __device__ static void run(const Graph<T>& g, int pass, char* shared) {
-    int64_t* sums = reinterpret_cast<int64_t*>(shared);
-    int64_t* found = sums + kThreads;  // of each rank: bin, rest of the rank, elements in the bin
+    int64_t* room = reinterpret_cast<int64_t*>(shared);
+    int64_t* found = room + kWarps;  // of each rank: bin, rest of the rank, elements in the bin
     Status<T>* status = g.status;
-    const unsigned long long* histogram = &g.status->histogram[pass][0][0];
     const bool two = status->prefix[0] != status->prefix[1];
     if (thread_index() < 6) found[thread_index()] = 0;
     __syncthreads();
-    find(histogram, status->rank[0], sums, found);
-    find(two ? histogram + kBins : histogram, status->rank[1], sums, found + 3);
+    int64_t here[kBinsOfThread], before = 0;  // elements of this thread's bins, and of all bins before them
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      if (which == 0 || two) {
+        const unsigned long long* histogram = &status->histogram[pass][which][thread_index() * kBinsOfThread];
+        int64_t mine = 0;
+#pragma unroll
+        for (int k = 0; k < kBinsOfThread; ++k) mine += here[k] = static_cast<int64_t>(histogram[k]);
+        before = block_sum_before(mine, room);
+      }
+      const int64_t rank = status->rank[which];
+      int64_t below = before;
+#pragma unroll
+      for (int k = 0; k < kBinsOfThread; ++k) {
+        if (rank >= below && rank < below + here[k]) {
+          found[3 * which] = thread_index() * kBinsOfThread + k;
+          found[3 * which + 1] = rank - below;
+          found[3 * which + 2] = here[k];
+        }
+        below += here[k];
+      }
+    }
+    __syncthreads();
     if (thread_index() != 0) return;
     for (int which = 0; which < 2; ++which) {
       status->prefix[which] = status->prefix[which] << digit_bits<T>(pass) | static_cast<uint64_t>(found[3 * which]);
@@ -149,7 +153,7 @@ template <class T> struct Advance {
     T low, high;
     from_key(status->prefix[0], low);
     from_key(status->prefix[1], high);
-    const T value = status->nan != 0 ? static_cast<T>(NAN) : interpolate(low, high, static_cast<T>(g.lerp_weight));
+    const T value = status->nan != 0 ? kNotANumber<T> : interpolate(low, high, static_cast<T>(g.lerp_weight));
     // What lies at or below the threshold: all up to one of the two values, and no value lies between them.
     const int64_t next = g.rank + 1 < g.edges ? g.rank + 1 : g.rank;
     const bool both = value >= high;

@@ -13,7 +13,7 @@ namespace cuda {
 enum class Step { prepare, means, pack, entropy, histogram, advance, weigh, gradient, finish, losses };
 
 template <class T> constexpr int64_t max_shared_bytes() {
-  int64_t most = (kThreads + 6) * sizeof(int64_t);  // of Advance
+  int64_t most = (kWarps + 6) * sizeof(int64_t);  // of Advance
   for (int64_t bytes :
        {Weigh<T>::kSharedBytes, Histogram<T>::kSharedBytes, static_cast<int64_t>(2 * sizeof(Square<T>))})
     if (bytes > most) most = bytes;

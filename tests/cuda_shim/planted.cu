@@ -20,7 +20,10 @@ enum Fault {
   part_of_a_warp,
   read_before_start,
   write_after_read,
-  unwritten_output
+  unwritten_output,
+  plain_read_of_a_sum,
+  hidden_by_an_atomic,
+  hidden_by_own_read
 };
 
 // Reverses 64 values through shared memory, which needs a barrier.
@@ -53,6 +56,22 @@ __global__ void count_blocks(float* x, int fault) {
     atomicAdd(x, 1.0f);
 }
 
+// Every thread adds one to a count in shared memory, and all read it, with a barrier before and after.
+__global__ void count_threads(float* x, int fault) {
+  float* shared = reinterpret_cast<float*>(shim::shared_memory());
+  if (threadIdx.x == 0) shared[0] = 0;
+  if (fault == hidden_by_an_atomic && threadIdx.x == 0) atomicAdd(shared, 0.0f);  // atomics do not race with each other
+  if (fault != hidden_by_an_atomic) __syncthreads();
+  atomicAdd(shared, 1.0f);
+  if (fault != plain_read_of_a_sum) __syncthreads();
+  const float count = shared[0];
+  __syncwarp();
+  // Its own warp has read it, and so has the other one.
+  if (fault == hidden_by_own_read && threadIdx.x == 0) shared[0] = 0;
+  __syncthreads();
+  if (threadIdx.x == 1) x[1] += count;
+}
+
 }  // namespace planted
 
 // 0 and the results in x [64] if the emulation found nothing, else 1 and what it found in `message` [256].
@@ -68,6 +87,7 @@ extern "C" int cuda_shim_planted(int fault, float* x, char* message) {
     cudaLaunchKernelEx(&config, planted::reverse, in, x, fault);
     if (fault != planted::unwritten_output) {
       cudaLaunchKernelEx(&config, planted::swap_lanes, x, fault);
+      cudaLaunchKernelEx(&config, planted::count_threads, x, fault);
       config.gridDim = dim3(3);
       cudaLaunchKernelEx(&config, planted::count_blocks, x, fault);
     }

@@ -29,16 +29,46 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 enum class State { ready, at_block_barrier, at_grid_barrier, at_warp_operation, done };
 
-// When and by whom: two stamps are ordered if a barrier that both fibres passed lies between them.
+// When and by whom.
 struct Stamp {
   uint32_t grid_time = 0;  // 0: never; counts launches and grid-wide barriers
   int32_t block = 0, thread = 0;
-  uint32_t block_time = 0, warp_time = 0;
+  uint32_t block_time = 0, warp_time = 0;  // count the barriers that the thread has passed
 };
 
-struct Word {  // the last accesses to 4 bytes
-  Stamp write, read;
-  bool atomic = false, many_read = false;
+// The accesses of a kind to a word: the last one, and who else made any that no barrier separates from it.
+struct Accesses {
+  Stamp last;
+  bool blocks = false, warps = false, lanes = false;  // several, in one span of the grid's, block's or warp's time
+
+  void add(const Stamp& s) {
+    if (last.grid_time != s.grid_time)
+      blocks = warps = lanes = false;
+    else if (last.block != s.block)
+      blocks = true;
+    else if (last.block_time != s.block_time)
+      warps = lanes = false;
+    else if (last.thread / 32 != s.thread / 32)
+      warps = true;
+    else if (last.warp_time != s.warp_time)
+      lanes = false;
+    else if (last.thread != s.thread)
+      lanes = true;
+    last = s;
+  }
+
+  // Whether another thread made one of them without a barrier since.
+  bool race_with(const Stamp& later) const {
+    if (last.grid_time != later.grid_time) return false;
+    if (blocks || last.block != later.block) return true;
+    if (last.block_time != later.block_time) return false;
+    if (warps || last.thread / 32 != later.thread / 32) return true;
+    return last.warp_time == later.warp_time && (lanes || last.thread != later.thread);
+  }
+};
+
+struct Word {  // 4 bytes
+  Accesses writes, reads, atomics;
 };
 
 struct Buffer {
@@ -84,7 +114,7 @@ std::vector<std::unique_ptr<Buffer>> buffers;
 Buffer* last_buffer = nullptr;
 uint32_t grid_time = 0;
 uint64_t order_seed = 0;
-bool checking = true;
+bool checking = true, known_device = true;
 int64_t launches = 0, fibres_run = 0;
 std::vector<std::string> kernels_run;
 
@@ -116,14 +146,6 @@ Stamp now() {
   return {grid_time, static_cast<int32_t>(current->block), current->thread, current->block_time, current->warp_time};
 }
 
-// Whether another thread did `earlier` without a barrier since.
-bool races(const Stamp& earlier, const Stamp& later) {
-  if (earlier.grid_time != later.grid_time) return false;
-  if (earlier.block != later.block) return true;
-  if (earlier.thread == later.thread || earlier.block_time != later.block_time) return false;
-  return earlier.thread / 32 != later.thread / 32 || earlier.warp_time == later.warp_time;
-}
-
 Buffer* buffer_at(const char* address) {
   Buffer& shared = blocks[current->block].shared;
   if (address >= shared.begin && address < shared.end) return &shared;
@@ -148,10 +170,11 @@ void check_access(const void* at, int64_t bytes, Kind kind) {
   if (current == nullptr || !checking || !fault.empty()) return;
   const char* address = static_cast<const char*>(at);
   if (address >= current->stack && address < current->stack + kStackBytes) return;
-  for (const dim3* built_in : {&threadIdx, &blockIdx, &blockDim, &gridDim})
-    if (address >= reinterpret_cast<const char*>(built_in) && address < reinterpret_cast<const char*>(built_in + 1))
-      return;
   Buffer* buffer = buffer_at(address);
+  if (buffer == nullptr)
+    for (const dim3* built_in : {&threadIdx, &blockIdx, &blockDim, &gridDim})
+      if (address >= reinterpret_cast<const char*>(built_in) && address < reinterpret_cast<const char*>(built_in + 1))
+        return;
   if (buffer == nullptr || address + bytes > buffer->end)
     fail(std::string(kind == Kind::read ? "read" : "write") + " of " + std::to_string(bytes) +
          " bytes outside of every array" + (buffer == nullptr ? "" : ": " + describe(*buffer, address)));
@@ -161,24 +184,13 @@ void check_access(const void* at, int64_t bytes, Kind kind) {
     Word& word = buffer->word(k);
     if (buffer->access != Access::initialised && !buffer->written[k] && kind != Kind::write)
       fail("read of memory that nothing has written, " + describe(*buffer, address));
-    if (!(kind == Kind::atomic && word.atomic) && races(word.write, stamp))
-      fail(std::string("race: ") + (kind == Kind::read ? "read" : "write") + " after another thread's write, " +
-           describe(*buffer, address));
-    if (kind == Kind::read) {
-      word.many_read = races(word.read, stamp) ||
-                       (word.many_read && word.read.grid_time == stamp.grid_time && word.read.block == stamp.block &&
-                        word.read.block_time == stamp.block_time && word.read.warp_time == stamp.warp_time);
-      word.read = stamp;
-      continue;
-    }
-    const bool other_reader = word.many_read && word.read.grid_time == stamp.grid_time &&
-                              (word.read.block != stamp.block ||
-                               (word.read.block_time == stamp.block_time && word.read.warp_time == stamp.warp_time));
-    if (races(word.read, stamp) || other_reader)
+    const char* name = kind == Kind::read ? "read" : "write";
+    if (word.writes.race_with(stamp) || (kind != Kind::atomic && word.atomics.race_with(stamp)))
+      fail(std::string("race: ") + name + " after another thread's write, " + describe(*buffer, address));
+    if (kind != Kind::read && word.reads.race_with(stamp))
       fail("race: write after another thread's read, " + describe(*buffer, address));
-    word.write = stamp;
-    word.atomic = kind == Kind::atomic;
-    buffer->written[k] = 1;
+    (kind == Kind::read ? word.reads : kind == Kind::write ? word.writes : word.atomics).add(stamp);
+    if (kind != Kind::read) buffer->written[k] = 1;
   }
 }
 
@@ -218,27 +230,38 @@ std::string name_of(const void* kernel) {
   return status == 0 ? name.get() : info.dli_sname;
 }
 
-// Runs fibres [0, n) until all are done, in an order that changes at every turn if a seed is set.
+void run_fibre(Fibre& fibre) {
+  current = &fibre;
+  threadIdx = dim3(static_cast<unsigned>(fibre.thread), 0, 0);
+  blockIdx = dim3(static_cast<unsigned>(fibre.block), 0, 0);
+  switch_context(scheduler, fibre.context);
+  current = nullptr;
+}
+
+// Runs fibres [0, n) until all are done: a warp as far as its barriers let it, then another; warps and lanes in an order
+// that changes at every turn if a seed is set. (Races are found by what barriers order, not by what happens to come first.)
 void run_fibres(size_t n, size_t block_size) {
   std::mt19937_64 random(order_seed);
-  std::vector<size_t> order(n);
-  for (size_t k = 0; k < n; ++k) order[k] = k;
+  std::vector<size_t> order(n / 32);
+  for (size_t k = 0; k < order.size(); ++k) order[k] = k;
   for (;;) {
     if (order_seed != 0) std::shuffle(order.begin(), order.end(), random);
     bool progress = false;
     size_t done = 0;
-    for (size_t k : order) {
-      Fibre& fibre = fibres[k];
-      if (fibre.state == State::ready) {
-        progress = true;
-        current = &fibre;
-        threadIdx = dim3(static_cast<unsigned>(fibre.thread), 0, 0);
-        blockIdx = dim3(static_cast<unsigned>(fibre.block), 0, 0);
-        switch_context(scheduler, fibre.context);
-        current = nullptr;
-        if (!fault.empty()) return;
+    for (size_t warp : order) {
+      Fibre* lanes = &fibres[warp * 32];
+      for (bool again = true; again; progress |= again) {
+        again = false;
+        const size_t turn = order_seed != 0 ? random() % 32 : 0;
+        for (size_t k = 0; k < 32; ++k) {
+          Fibre& fibre = lanes[k ^ turn];
+          if (fibre.state != State::ready) continue;
+          again = true;
+          run_fibre(fibre);
+          if (!fault.empty()) return;
+        }
       }
-      done += fibre.state == State::done;
+      for (size_t k = 0; k < 32; ++k) done += lanes[k].state == State::done;
     }
     if (done == n) return;
     for (size_t begin = 0; begin < n; begin += block_size)
@@ -284,6 +307,8 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   leave(State::at_warp_operation);
   return warp.result[warp.turn];
 }
+
+bool device_is_known() { return known_device; }
 
 char* shared_memory() { return blocks[current->block].memory.data(); }
 
@@ -401,6 +426,8 @@ void __tsan_vptr_read(void**) {}
 void cuda_shim_set_order(uint64_t seed) { shim::order_seed = seed; }
 // Without the checks of every access the emulation is three times as fast.
 void cuda_shim_set_checks(int on) { shim::checking = on != 0; }
+// Whether the kernels were compiled for the device.
+void cuda_shim_set_known_device(int on) { shim::known_device = on != 0; }
 int64_t cuda_shim_launches() { return shim::launches; }
 void cuda_shim_forget_kernels() { shim::kernels_run.clear(); }
 // Their names, a line each, into `out`; returns how many bytes that takes.

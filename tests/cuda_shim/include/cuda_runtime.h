@@ -46,6 +46,7 @@ void sync_warp();
 // Every lane of the warp gives a value; returns all 32, valid until the lane's next warp operation.
 const uint64_t* exchange(unsigned mask, uint64_t value);
 char* shared_memory();
+bool device_is_known();
 void note_atomic(const void* address, int bytes);
 
 // The kernels may touch these bytes until forget_buffers(), which throws if part of an output was not written.
@@ -76,6 +77,10 @@ inline void __syncwarp(unsigned = 0xffffffffu) { shim::sync_warp(); }
 template <class V> VRM_UNCHECKED V __shfl_xor_sync(unsigned mask, V value, int lanes) {
   const int lane = static_cast<int>(threadIdx.x) & 31;
   return shim::from_bits<V>(shim::exchange(mask, shim::to_bits(value))[lane ^ lanes]);
+}
+template <class V> VRM_UNCHECKED V __shfl_up_sync(unsigned mask, V value, unsigned lanes) {
+  const unsigned lane = threadIdx.x & 31;
+  return shim::from_bits<V>(shim::exchange(mask, shim::to_bits(value))[lane >= lanes ? lane - lanes : lane]);
 }
 VRM_UNCHECKED inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* all = shim::exchange(mask, predicate != 0);
@@ -113,7 +118,12 @@ inline double __longlong_as_double(long long x) { return shim::from_bits<double>
 // ---- the runtime
 // -----------------------------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorCooperativeLaunchTooLarge = 720 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorCooperativeLaunchTooLarge = 720
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativeLaunch = 95 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 using cudaStream_t = struct CUstream_st*;
@@ -141,6 +151,10 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount ? kShimMultiprocessors : 1;
   return cudaSuccess;
+}
+struct cudaFuncAttributes {};
+template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return shim::device_is_known() ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 template <class Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = kShimResidentBlocks, cudaSuccess;
