@@ -20,22 +20,29 @@ What a backend module gives for this, beside :mod:`vrm_kernels.ops`'s contract::
                    weight, delta, exclude_self, grads) -> loss []
 
 The loss is the sum over the share's edges at or below ``threshold``, over ``kept``, both of the whole graph (of so
-many ``edges``); ``weight`` times its gradients is added to ``grads``, two matrices or none. ``entropy`` is what
-entropy_of_logs gave; where it is too large to be stored it is ``None`` and ``probs``, (P, L'), are given; where both
-are ``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). A module whose ``RECOMPUTES_ENTROPY``
-is true computes the same bits for any block of rows.
+many ``edges``) and on the device; ``weight`` times its gradients is added to ``grads``, two matrices of any strides or
+none. ``entropy`` is what entropy_of_logs gave, infinite where an edge does not exist; where it is ``None``, every edge
+is kept, but for the edges (i, i) with ``exclude_self``. All matrices have one dtype, float32 or float64.
+
+Entropies that are too many to be stored are computed again, a block of rows at a time: by the same calls, so that they
+are the same bits, and relation_share is called for each block. A module whose ``RECOMPUTES_ENTROPY`` is true does so
+itself, because its entropy_of_logs gives the same bits for any block of rows: relation_share is called once, with
+``probs``, (P, L'), and without ``entropy``. Nothing here waits for a GPU, but for the batch sizes.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from vrm_kernels import backends, ops, pruning, selection
-from vrm_kernels.collectives import Group
+from vrm_kernels.collectives import Group, tensor_on
 
 # A share's joint entropies are stored up to here, and beyond it computed again for every pass.
 STORED_ENTROPY_BYTES = 72 << 20
+STORED_ENTROPY_BYTES_GPU = 1 << 30
+ROWS_MULTIPLE = 128  # of a block of rows: what products are cut into
 RELATION_TERMS = 2
 
 ops.define(
@@ -151,14 +158,14 @@ class _Share:
         self.probs = None if probs is None else tuple(self._sides(x)[side] for side, x in enumerate(probs))
         self.entropy = None
         rows = (block.stop - block.start) * (2 if complete else 1)
-        size = rows * self.vertices * student[0].element_size()
-        self.step = max(1, rows)
+        self.rows, self.step = rows, max(1, rows)
         if self.probs is not None and rows > 0:
-            if size <= STORED_ENTROPY_BYTES or not getattr(module, "RECOMPUTES_ENTROPY", False):
+            size, stored = rows * self.vertices * student[0].element_size(), _stored_bytes(self.device)
+            if size <= stored:
                 self.entropy = self._entropies(0, rows)
             else:
-                self.step = max(1, STORED_ENTROPY_BYTES * rows // size)
-        self.rows = rows
+                step = max(1, stored * rows // size)
+                self.step = step // ROWS_MULTIPLE * ROWS_MULTIPLE or step
 
     def _own_first(self, n: int, device) -> Tensor:
         """The stacked vertices of both views, the share's own before the others: so an edge of a vertex with itself is
@@ -182,12 +189,17 @@ class _Share:
             entropy.diagonal(begin).fill_(torch.inf)
         return entropy
 
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and the entropies of their edges: all of them if they are stored."""
+        for begin in range(0, self.rows, self.step):
+            end = min(self.rows, begin + self.step)
+            yield slice(begin, end), self._entropies(begin, end) if self.entropy is None else self.entropy
+
     def count_digits(self, prefixes: Tensor, shift: int, bits: int) -> Tensor:
         if self.entropy is not None:
             return self.module.count_digits(self.entropy, prefixes, shift, bits)
         counts = prefixes.new_zeros(len(prefixes), 2**bits)
-        for begin in range(0, self.rows, self.step):
-            entropy = self._entropies(begin, min(self.rows, begin + self.step))
+        for _, entropy in self._blocks():
             counts += self.module.count_digits(entropy, prefixes, shift, bits)
         return counts
 
@@ -203,10 +215,18 @@ class _Share:
                 into = [torch.zeros_like(x) for x in sides[:2]]
             else:
                 into = views[0][self.block], views[1]
-        probs = None if self.entropy is not None else self.probs
-        loss = self.module.relation_share(
-            *sides, probs, self.entropy, threshold, kept, self.edges, weight, delta, self.complete, into
-        )
+        settings = threshold, kept, self.edges, weight, delta
+        recomputes = self.entropy is None and getattr(self.module, "RECOMPUTES_ENTROPY", False)
+        if self.probs is None or recomputes:
+            loss = self.module.relation_share(*sides, self.probs, None, *settings, self.complete, into)
+        else:
+            a, b, teacher_a, teacher_b = sides
+            loss = a.new_zeros(())
+            for rows, entropy in self._blocks():  # their infinite entropies exclude a vertex with itself
+                part = a[rows], b, teacher_a[rows], teacher_b
+                loss += self.module.relation_share(
+                    *part, None, entropy, *settings, False, (into[0][rows], into[1]) if into else ()
+                )
         if grads and self.complete:
             into[1][: self.rows] += into[0]
             both = torch.empty_like(into[1])
@@ -216,24 +236,30 @@ class _Share:
         return loss
 
 
+def _stored_bytes(device: torch.device) -> int:
+    return STORED_ENTROPY_BYTES if device.type == "cpu" else STORED_ENTROPY_BYTES_GPU
+
+
 def _thresholds(group: Group, shares: list[_Share], percentile: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``(thresholds, kept)`` of the global graphs: the exact quantiles of their joint entropies, and how many edges are
     at or below them."""
     device = shares[0].device
     if percentile == 100:
-        kept = torch.tensor([share.edges for share in shares], device=device)
+        kept = tensor_on(device, [share.edges for share in shares], torch.int64)
         return torch.full((len(shares),), torch.inf, dtype=dtype, device=device), kept
     positions = [pruning.rank(percentile / 100, share.edges, dtype) for share in shares]
     # A rank that is whole does not look at the next value, which may be infinite.
-    ranks = torch.tensor([[below, below + (weight > 0)] for below, weight in positions], device=device)
-    weights = torch.tensor([weight for _, weight in positions], dtype=dtype, device=device)
+    ranks = tensor_on(device, [[below, below + (weight > 0)] for below, weight in positions], torch.int64)
+    weights = tensor_on(device, [weight for _, weight in positions], dtype)
 
     def count(prefixes: Tensor, shift: int, bits: int) -> Tensor:
         counts = torch.stack([share.count_digits(p, shift, bits) for share, p in zip(shares, prefixes, strict=True)])
         return group.sum(counts, "sum of the counts of entropies")
 
     largest = max(share.edges for share in shares) * torch.finfo(dtype).bits // 8 // group.world
-    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=largest > STORED_ENTROPY_BYTES)
+    # The kernels of GPUs count narrow digits alone.
+    wide = device.type == "cpu" and largest > STORED_ENTROPY_BYTES
+    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=wide)
     low, high = values.unbind(1)
     threshold = low.lerp(high, weights)
     return threshold, torch.where(threshold >= high, at_most[:, 1], at_most[:, 0])
