@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from vrm_kernels import selection
 from vrm_kernels.backends import triton_gpu
 from vrm_kernels.backends.triton_gpu import blocks, fused, large, plan, prepare, select
 
@@ -71,6 +72,7 @@ class Call:
     need_grad: bool = True
     tf32: bool = False
     relation: bool = False
+    share: bool = False
 
 
 CALLS = (
@@ -86,6 +88,11 @@ CALLS = (
     Call(1024, 1000, torch.float16),
     Call(65536, 1000, torch.bfloat16),
     Call(256, 100, torch.float64),
+    Call(64, 100, torch.float32, share=True),
+    Call(64, 100, torch.float32, 100.0, complete=True, share=True),
+    Call(2048, 1000, torch.float32, share=True),
+    Call(2048, 1000, torch.float32, 100.0, complete=True, share=True, tf32=True),
+    Call(256, 100, torch.float64, share=True),
 )
 
 
@@ -144,11 +151,29 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
 
 def _make(call: Call) -> None:
     logits = [torch.empty(call.batch, call.classes, dtype=call.dtype, device="meta") for _ in range(4)]
-    if call.relation:
+    if call.share:
+        _make_share(call, *logits)
+    elif call.relation:
         probs = tuple(torch.empty(call.batch, 10, device="meta") for _ in range(2))
         triton_gpu.relation_graph(*logits, probs, call.percentile, 1.0, False, call.need_grad)
     else:
         triton_gpu.vrm_graphs(*logits, 16.0, 8.0, call.percentile, 1.0, call.complete, call.need_grad)
+
+
+def _make_share(call: Call, a, b, teacher_a, teacher_b) -> None:
+    """What a process of two does for the graph over samples: the first half of them, with all."""
+    own = slice(call.batch // 2)
+    entropy = None
+    if call.percentile < 100:
+        entropy = triton_gpu.entropy_of_logs(a[own], b)
+        shift = 8 * call.dtype.itemsize
+        for bits in selection.NARROW_DIGITS[call.dtype.itemsize]:
+            shift -= bits
+            triton_gpu.count_digits(entropy, torch.empty(2, dtype=torch.int64, device="meta"), shift, bits)
+    numbers = (torch.empty((), dtype=dtype, device="meta") for dtype in (call.dtype, torch.int64))
+    grads = [torch.empty_like(x) for x in (a[own], b)] if call.need_grad else ()
+    sides = a[own], b, teacher_a[own], teacher_b
+    triton_gpu.relation_share(*sides, None, entropy, *numbers, call.batch**2, 16.0, 1.0, call.complete, grads)
 
 
 def _launch(kernel: JITFunction, args: tuple, options: dict) -> Launch:

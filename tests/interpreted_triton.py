@@ -26,10 +26,13 @@ from helpers import (
     make_logits,
     settings_of,
 )
+from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
+from test_distributed import launch
 from triton.runtime.interpreter import InterpretedFunction
 
 import vrm_kernels.functional as VF
-from vrm_kernels import backends, ops, pruning
+from vrm_kernels import backends, ops, pruning, selection
+from vrm_kernels import shares as share_module
 from vrm_kernels.backends import triton_gpu
 from vrm_kernels.backends.triton_gpu import large, plan, stages
 
@@ -373,3 +376,43 @@ def test_the_kernels_are_what_ran(monkeypatch):
     evaluate("triton", make_logits(Case((5, 3)), torch.float32, 0))
     assert len(calls) == 1
     assert pruning.rank(0.3, 10, torch.float32)[0] == 2
+
+
+# ---- shares of a graph, for several processes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_counts_of_digits_are_torchs(dtype):
+    check_counts(triton_gpu, dtype)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("percentile", [30.0, 100.0])
+def test_shares_add_up_to_the_whole_graph(regime, percentile, exclude_self):
+    check_shares(triton_gpu, torch.float32, percentile=percentile, exclude_self=exclude_self, sizes=(5, 13))
+
+
+def test_shares_of_literal_edges_and_in_float64(regime):
+    check_shares(triton_gpu, torch.float32, kind="opposite", sizes=(5, 13))
+    check_shares(triton_gpu, torch.float64, sizes=(5, 13))
+
+
+@pytest.mark.parametrize("relations", MODES)
+def test_a_group_of_one_process(regime, relations, monkeypatch):
+    """Entropies stored, and computed again a few rows at a time, with digits as on a GPU."""
+    case = Case((12, 7), relations=relations)
+    with group_of_one():
+        check_group_of_one("triton", case, torch.float32)
+        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES", 256)
+        monkeypatch.setattr(selection, "WIDE_DIGITS", selection.NARROW_DIGITS)  # as on a GPU
+        check_group_of_one("triton", case, torch.float32)
+
+
+def test_two_processes_are_one():
+    cases = [
+        ("triton", torch.float32, Case((9, 5), relations="complete"), [3, 6], False, {}),
+        ("triton", torch.float64, Case((9, 5)), [0, 9], True, {}),
+    ]
+    for errors in itertools.chain(*launch(2, "parity", cases, timeout=120)):
+        value = errors.pop("value")
+        assert value > 0 and max(errors.values()) <= 1e-5, errors

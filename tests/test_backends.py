@@ -75,10 +75,3 @@ def test_a_missing_extension_says_why(monkeypatch):
 
 def _refuse(name):
     raise ImportError("no such symbol")
-
-
-def test_a_backend_without_shares_is_not_taken_for_a_global_batch():
-    device = torch.device("cuda")
-    assert backends.resolve("auto", device, shares=True) == "torch"
-    with pytest.raises(RuntimeError, match="gather_distributed=True use backend='auto' or 'torch'"):
-        backends.resolve("triton", device, shares=True)

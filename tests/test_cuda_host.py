@@ -15,6 +15,7 @@ import pytest
 import torch
 from cuda_resources import STEPS
 from helpers import FLOOR, MODES, NEAR_CONVERGENCE_FLOOR, Case, assert_parity, evaluate, inputs, make_logits
+from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
 from test_mask import (  # noqa: F401
     test_kept_counts_are_the_references_in_every_dtype,
     test_percentiles_next_to_the_ends,
@@ -54,7 +55,8 @@ from test_parity_settings import (  # noqa: F401
 
 import vrm_kernels
 import vrm_kernels.functional as VF
-from vrm_kernels import backends, pruning
+from vrm_kernels import backends, pruning, selection
+from vrm_kernels import shares as share_module
 from vrm_kernels.backends import reference
 
 # Tiles as small as they get, so that small graphs have many, and border on every side.
@@ -350,69 +352,74 @@ def test_an_unknown_form_is_refused(host, monkeypatch):
         evaluate(cuda_host.NAME, logits)
 
 
-# ---- the phases apart ------------------------------------------------------------------------------------------------
-
-
 @FLOATS
-@pytest.mark.parametrize("one_set", [False, True])
-@pytest.mark.parametrize("percentile", [0.0, 30.0, 99.0])
-def test_a_graph_shared_by_two_processes_is_the_whole_graph(host, percentile, one_set, dtype):
-    """Each has some rows: counts add up, the threshold is common, losses and gradients add up to the whole's."""
-    op = torch.ops.vrm_kernels
-    n, d, tile = 41, 19, 32
-    passes = 3 if dtype == torch.float32 else 6
-    counts = passes * 2 * 2048 + 1
-    a, b, ta, tb = (torch.randn(n, d).to(dtype) for _ in range(4))
-    p, q = ((2 * torch.randn(n, 11)).softmax(1).to(dtype) for _ in range(2))
-    if one_set:
-        b, tb, q = a, ta, p
-    logs = pruning.log_probs(q)
-    rank, weight = pruning.rank(percentile / 100, pruning.edge_count(n, n, one_set), dtype)
-    whole = op.cuda_relation_graph(a, b, ta, tb, p, q, rank, weight, 1.0, one_set, True, "tiles", tile, 0)
-
-    edges = pruning.edge_count(n, n, one_set)
-    parts = [slice(0, 17), slice(17, n)]
-    selves = [part.start if one_set else None for part in parts]
-    statuses = [op.cuda_begin_selection(a, edges, rank) for _ in parts]
-    for index in range(passes):
-        statuses = [
-            op.cuda_count_selection(status, p[part], logs, offset, index, tile)
-            for status, part, offset in zip(statuses, parts, selves, strict=True)
-        ]
-        # What an all-reduce does; only this pass's counts are new.
-        total = sum(status[:counts] for status in statuses)
-        total[: index * 4096] //= 2
-        total[-1] //= 2 if index else 1
-        statuses = [torch.cat((total, status[counts:])) for status in statuses]
-        advanced = [op.cuda_advance_selection(status, index, edges, rank, weight, a) for status in statuses]
-        statuses = [status for status, _, _ in advanced]
-    (_, threshold, kept), (_, other, other_kept) = advanced
-    assert torch.equal(threshold, other) and torch.equal(kept, other_kept) and torch.equal(kept, whole[3])
-
-    results = [
-        op.cuda_relation_edges(a[part], b, ta[part], tb, p[part], logs, threshold, kept, offset, 1.0, True, tile)
-        for part, offset in zip(parts, selves, strict=True)
-    ]
-    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
-    torch.testing.assert_close(sum(loss for loss, _, _ in results), whole[0], **close)
-    torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), whole[1], **close)
-    torch.testing.assert_close(sum(grad for _, _, grad in results), whole[2], **close)
-
-
-@FLOATS
-def test_the_selection_is_torchs_quantile_to_the_bit(host, dtype):
-    """Entropies that are given values: with one class and P = 1, H = -log(P' + 1e-7) of any value we like."""
-    op = torch.ops.vrm_kernels
-    values = torch.cat([torch.randn(400), torch.randn(50).round(), torch.zeros(30), torch.randn(20) * 1e-30]).to(dtype)
-    values = torch.cat([values, -values[:30], values.new_tensor([3e38, -3e38])])
-    n = values.numel()
-    ones = torch.ones(1, 1, dtype=dtype)
-    for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9, 100.0):
+def test_the_kept_edges_are_those_below_torchs_quantile(host, dtype):
+    """Entropies that are given values: with one class and P = 1, H = -log(P' + 1e-7)."""
+    q = torch.cat([torch.rand(400), torch.rand(50).round(), torch.zeros(30), 1e-7 * torch.rand(20)]).to(dtype)
+    n, ones, x = q.numel(), torch.ones(1, 1, dtype=dtype), torch.randn(530, 1, dtype=dtype)[: q.numel()]
+    entropy = -pruning.log_probs(q)
+    for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9):
         rank, weight = pruning.rank(percentile / 100, n, dtype)
-        status = op.cuda_begin_selection(ones, n, rank)
-        for index in range(3 if dtype == torch.float32 else 6):
-            status = op.cuda_count_selection(status, ones, -values[:, None], None, index, 64)
-            status, threshold, kept = op.cuda_advance_selection(status, index, n, rank, weight, ones)
-        expected = torch.quantile(values, torch.tensor(percentile / 100, dtype=dtype))
-        assert torch.equal(threshold, expected), (percentile, threshold, expected)
-        assert int(kept) == int((values <= expected).sum())
+        expected = entropy <= torch.quantile(entropy, torch.tensor(percentile / 100, dtype=dtype))
+        *_, kept = torch.ops.vrm_kernels.cuda_relation_graph(
+            ones, x, ones, x, ones, q[:, None], rank, weight, 1.0, False, False, *FORMS["tiles"]
+        )
+        assert int(kept) == int(expected.sum())
+
+
+# ---- shares of a graph, for several processes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(host, monkeypatch):
+    set_form(monkeypatch, "tiles")
+    return backends.REGISTRY[cuda_host.NAME].load()
+
+
+@FLOATS
+def test_counts_of_digits_are_torchs(module, dtype):
+    check_counts(module, dtype)
+
+
+@FLOATS
+def test_opcheck_operators_of_a_share(module, dtype):
+    op = torch.ops.vrm_kernels
+    a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
+    entropy = module.entropy_of_logs(a.softmax(1), b.log_softmax(1))
+    shift = 8 * dtype.itemsize
+    for bits in (11, 11):
+        shift -= bits
+        torch.library.opcheck(op.cuda_count_digits, (entropy, torch.tensor([0, -3]), shift, bits))
+    numbers = torch.tensor(1.5, dtype=dtype), torch.tensor(7)
+    for need_grad, given in itertools.product((False, True), (entropy, None)):
+        grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a, b)]
+        arguments = (a, b, teacher_a, teacher_b, given, *grads, *numbers, 2.0, 1.0, given is None, need_grad, 32)
+        torch.library.opcheck(op.cuda_relation_share, arguments)
+
+
+def test_digits_that_no_pass_counts_are_refused(module):
+    with pytest.raises(ValueError, match="no pass of a selection of Float counts 11 bits from bit 20"):
+        module.count_digits(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), 20, 11)
+
+
+@FLOATS
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("percentile", [0.0, 30.0, 100.0])
+def test_shares_add_up_to_the_whole_graph(module, percentile, exclude_self, dtype):
+    check_shares(module, dtype, percentile=percentile, exclude_self=exclude_self, sizes=(17, 24))
+
+
+def test_shares_of_literal_edges(module):
+    check_shares(module, torch.float32, kind="opposite", sizes=(33, 2))
+
+
+@pytest.mark.parametrize("relations", MODES)
+def test_a_group_of_one_process(module, relations, monkeypatch):
+    """Entropies stored, and computed again a few rows at a time, with digits as on a GPU and wider."""
+    case = Case((12, 7), relations=relations)
+    with group_of_one():
+        check_group_of_one(cuda_host.NAME, case, torch.float32)
+        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES", 256)
+        check_group_of_one(cuda_host.NAME, case, torch.float32)
+        monkeypatch.setattr(selection, "WIDE_DIGITS", selection.NARROW_DIGITS)
+        check_group_of_one(cuda_host.NAME, case, torch.float64)

@@ -1,5 +1,7 @@
 """The triton backend on a GPU: what the interpreter cannot show. Skipped, by name, where there is none."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import (
@@ -17,10 +19,12 @@ from helpers import (
     relative_error,
     settings_of,
 )
+from share_checks import check_counts, check_group_of_one, check_no_synchronisation, check_shares, group_of_one
 
 import vrm_kernels
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
+from vrm_kernels import shares as share_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -194,3 +198,27 @@ def test_more_edges_than_32_bits_count():
     edges = 50_000**2
     assert abs(result.kept[0] - 0.3 * edges) < 1e-4 * edges
     assert result.loss.isfinite() and all(g.isfinite().all() for g in result.grads)
+
+
+# ---- shares of a graph, for several processes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_shares_on_the_device(dtype):
+    module = backends.REGISTRY["triton"].load()
+    check_counts(module, dtype, "cuda")
+    for exclude_self, percentile, kind in itertools.product((False, True), (30.0, 100.0), ("random", "opposite")):
+        settings = {"exclude_self": exclude_self, "percentile": percentile, "kind": kind}
+        check_shares(module, dtype, **settings, sizes=(57, 40), classes=33, device="cuda")
+
+
+@pytest.mark.parametrize("relations", MODES)
+def test_a_group_of_one_process(relations, monkeypatch):
+    """Entropies stored, and computed again; nothing waits for the device."""
+    case = Case((67, 101), relations=relations, seed=20)
+    with group_of_one("nccl"):
+        check_group_of_one("triton", case, torch.float32, "cuda")
+        check_no_synchronisation("triton", case)
+        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES_GPU", 4096)
+        check_group_of_one("triton", case, torch.float32, "cuda")
+        check_no_synchronisation("triton", case)

@@ -15,6 +15,12 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+def tensor_on(device: torch.device, values: list, dtype: torch.dtype) -> Tensor:
+    """Numbers of the host's, without waiting for a GPU, as a copy from pageable memory would."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+
+
 class Group:
     """A process group by name, and the sizes of its processes' batches once they are known."""
 
@@ -47,7 +53,7 @@ class Group:
 
     def exchange(self, values: list[float], device: torch.device) -> list[list[float]]:
         """Every process's few numbers, read by the host."""
-        own = torch.tensor(values, dtype=torch.float64, device=device)
+        own = tensor_on(device, values, torch.float64)
         out = own.new_empty(self.world * len(values))
         with self.named("exchange of batch sizes and settings"):
             _all_gather(out, own, group=self.group)

@@ -20,10 +20,14 @@ What a backend module gives for this, beside :mod:`vrm_kernels.ops`'s contract::
                    weight, delta, exclude_self, grads) -> loss []
 
 The loss is the sum over the share's edges at or below ``threshold``, over ``kept``, both of the whole graph (of so
-many ``edges``); ``weight`` times its gradients is added to ``grads``, two matrices or none. ``entropy`` is what
-entropy_of_logs gave; where it is too large to be stored it is ``None`` and ``probs``, (P, L'), are given; where both
-are ``None``, every edge is kept. ``exclude_self`` leaves out the edges (i, i). A module whose ``RECOMPUTES_ENTROPY``
-is true computes the same bits for any block of rows.
+many ``edges``) and on the device; ``weight`` times its gradients is added to ``grads``, two matrices of any strides or
+none. ``entropy`` is what entropy_of_logs gave, infinite where an edge does not exist; where it is ``None``, every edge
+is kept, but for the edges (i, i) with ``exclude_self``. All matrices have one dtype, float32 or float64.
+
+Entropies that are too many to be stored are computed again, a block of rows at a time: by the same calls, so that they
+are the same bits, and relation_share is called for each block. A module whose ``RECOMPUTES_ENTROPY`` is true does so
+itself, because its entropy_of_logs gives the same bits for any block of rows: relation_share is called once, with
+``probs``, (P, L'), and without ``entropy``. Nothing here waits for a GPU, but for the batch sizes.
 """
 
 from collections.abc import Sequence
@@ -32,7 +36,7 @@ import torch
 from torch import Tensor
 
 from vrm_kernels import backends, ops, pruning, selection, shares
-from vrm_kernels.collectives import Group
+from vrm_kernels.collectives import Group, tensor_on
 from vrm_kernels.shares import Complete, InterView, Share
 
 RELATION_TERMS = 2
@@ -124,19 +128,21 @@ def _thresholds(
     """``(thresholds, kept)`` of the global graphs: the exact quantiles of their joint entropies, and how many edges are
     at or below them."""
     if percentile == 100:
-        kept = torch.tensor([share.edges for share in graphs], device=device)
+        kept = tensor_on(device, [share.edges for share in graphs], torch.int64)
         return torch.full((len(graphs),), torch.inf, dtype=dtype, device=device), kept
     positions = [pruning.rank(percentile / 100, share.edges, dtype) for share in graphs]
     # A rank that is whole does not look at the next value, which may be infinite.
-    ranks = torch.tensor([[below, below + (weight > 0)] for below, weight in positions], device=device)
-    weights = torch.tensor([weight for _, weight in positions], dtype=dtype, device=device)
+    ranks = tensor_on(device, [[below, below + (weight > 0)] for below, weight in positions], torch.int64)
+    weights = tensor_on(device, [weight for _, weight in positions], dtype)
 
     def count(prefixes: Tensor, shift: int, bits: int) -> Tensor:
         counts = torch.stack([share.count_digits(p, shift, bits) for share, p in zip(graphs, prefixes, strict=True)])
         return group.sum(counts, "sum of the counts of entropies")
 
     largest = max(share.edges for share in graphs) * torch.finfo(dtype).bits // 8 // group.world
-    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=largest > shares.STORED_ENTROPY_BYTES)
+    # The kernels of GPUs count narrow digits alone.
+    wide = device.type == "cpu" and largest > shares.STORED_ENTROPY_BYTES
+    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=wide)
     low, high = values.unbind(1)
     threshold = low.lerp(high, weights)
     return threshold, torch.where(threshold >= high, at_most[:, 1], at_most[:, 0])

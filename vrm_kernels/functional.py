@@ -71,7 +71,7 @@ def vrm_loss(
     dtype = _check_logits(named, may_be_empty=group is not None)
     if labels is not None or ce_loss_on_real or ce_loss_on_virtual:
         labels = _check_labels(labels, logits_student_real, dtype)
-    chosen = backends.resolve(backend, logits_student_real.device, shares=group is not None)
+    chosen = backends.resolve(backend, logits_student_real.device)
     if check_finite:
         _check_finite(named)
 

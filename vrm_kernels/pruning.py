@@ -45,7 +45,7 @@ def joint_entropy(probs_a: torch.Tensor, probs_b: torch.Tensor) -> torch.Tensor:
 
 def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.Tensor:
     """The same from :func:`log_probs` of the second."""
-    return -(probs_a @ log_probs_b.t())
+    return (probs_a @ log_probs_b.t()).neg_()
 
 
 def ranks(q: float | torch.Tensor, n: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ the real views it needs its own rows and its own columns, of the virtual views e
 (:class:`Complete`) any two vertices are joined, and everything is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -18,6 +18,8 @@ from vrm_kernels.collectives import Group
 
 # A share's joint entropies are stored up to here, and beyond it computed again for every pass.
 STORED_ENTROPY_BYTES = 72 << 20
+STORED_ENTROPY_BYTES_GPU = 1 << 30
+ROWS_MULTIPLE = 128  # of a block of rows: what products are cut into
 
 
 class Share:
@@ -33,14 +35,16 @@ class Share:
     def __init__(self, module: ModuleType, rows: int, vertices: int, probs, exclude_self: bool):
         self.module, self.rows, self.vertices, self.exclude_self = module, rows, vertices, exclude_self
         self.edges = pruning.edge_count(vertices, vertices, exclude_self)
-        self.probs, self.entropy = probs, None
+        self.keep_all, self.probs, self.entropy = probs is None, probs, None
         self.step = max(1, rows)
         if probs is not None and rows > 0:
             size = rows * vertices * probs[0].element_size()
-            if size <= STORED_ENTROPY_BYTES or not getattr(module, "RECOMPUTES_ENTROPY", False):
+            stored = STORED_ENTROPY_BYTES if probs[0].device.type == "cpu" else STORED_ENTROPY_BYTES_GPU
+            if size <= stored:
                 self.entropy, self.probs = self._entropies(0, rows), None
             else:
-                self.step = max(1, STORED_ENTROPY_BYTES * rows // size)
+                step = max(1, stored * rows // size)
+                self.step = step // ROWS_MULTIPLE * ROWS_MULTIPLE or step
 
     def _entropies(self, begin: int, end: int) -> Tensor:
         entropy = self.module.entropy_of_logs(self.probs[0][begin:end], self.probs[1])
@@ -48,13 +52,18 @@ class Share:
             entropy.diagonal(begin).fill_(torch.inf)
         return entropy
 
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and the entropies of their edges: all of them if they are stored."""
+        for begin in range(0, self.rows, self.step):
+            end = min(self.rows, begin + self.step)
+            yield slice(begin, end), self._entropies(begin, end) if self.entropy is None else self.entropy
+
     def count_digits(self, prefixes: Tensor, shift: int, bits: int) -> Tensor:
         """As :func:`vrm_kernels.selection.count_digits`, of the share's joint entropies."""
         if self.entropy is not None:
             return self.module.count_digits(self.entropy, prefixes, shift, bits)
         counts = prefixes.new_zeros(len(prefixes), 2**bits)
-        for begin in range(0, self.rows, self.step):
-            entropy = self._entropies(begin, min(self.rows, begin + self.step))
+        for _, entropy in self._blocks():
             counts += self.module.count_digits(entropy, prefixes, shift, bits)
         return counts
 
@@ -66,9 +75,17 @@ class Share:
         """
         if self.rows == 0:
             return sides[0].new_zeros(())
-        return self.module.relation_share(
-            *sides, self.probs, self.entropy, threshold, kept, self.edges, weight, delta, self.exclude_self, grads
-        )
+        settings = threshold, kept, self.edges, weight, delta
+        recomputes = self.entropy is None and getattr(self.module, "RECOMPUTES_ENTROPY", False)
+        if self.keep_all or recomputes:
+            return self.module.relation_share(*sides, self.probs, None, *settings, self.exclude_self, grads)
+        a, b, teacher_a, teacher_b = sides
+        loss = a.new_zeros(())
+        for rows, entropy in self._blocks():  # whose infinities exclude a vertex with itself
+            part = a[rows], b, teacher_a[rows], teacher_b
+            into = (grads[0][rows], grads[1]) if grads else ()
+            loss += self.module.relation_share(*part, None, entropy, *settings, False, into)
+        return loss
 
 
 class InterView:

@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstddef>
 #include <tuple>
 
 #if defined(VRM_CUDA_SHIM)  // the tests run all of this on the host
@@ -95,7 +96,9 @@ cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(
 
 void note_initialised([[maybe_unused]] const Tensor& x) {
 #if defined(VRM_CUDA_SHIM)
-  shim::note_written(x.const_data_ptr(), static_cast<int64_t>(x.nbytes()));
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  shim::note_written(x.const_data_ptr(), (last + 1) * static_cast<int64_t>(x.itemsize()));
 #endif
 }
 
@@ -127,17 +130,10 @@ Tensor empty_grad(const Tensor& x, bool needed) {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// The threshold [] and the number of kept edges [] of a batch that several processes share, on the device. This graph
-// has some of its rows and all of its columns; row 0 is the vertex of column `self`, if they are one set of vertices.
-struct Given {
-  Tensor threshold, kept;
-  int64_t self;
-};
-
 template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
                                        const Tensor& teacher_b, const Tensor& probs, const Tensor& log_probs,
                                        int64_t rank, double lerp_weight, double delta, bool exclude_self,
-                                       bool need_grad, const Tuning& tuning, const Given& given) {
+                                       bool need_grad, const Tuning& tuning) {
   const Tensor grad_a = empty_grad(a, need_grad), grad_b = empty_grad(b, need_grad);
   const Tensor loss = at::empty({}, a.options()), kept = at::empty({}, a.options().dtype(at::kLong));
   Problem<T> problem{};
@@ -158,12 +154,6 @@ template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const T
   g.need_grad = need_grad;
   g.rank = rank, g.lerp_weight = lerp_weight;
   g.weight = 1, g.delta = static_cast<T>(delta);
-  if (given.threshold.defined()) {
-    g.given = true;
-    g.threshold = given_pointer<T>(given.threshold);
-    g.kept = given_pointer<int64_t>(given.kept);
-    g.self = given.self;
-  }
   g.loss_out = pointer_of<T>(loss);
   g.kept_out = pointer_of<int64_t>(kept);
   compute(problem, tuning, a);
@@ -184,102 +174,86 @@ Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher
   }
   const auto graph = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
   return graph(a.to(type), b.to(type), teacher_a.to(type), teacher_b.to(type), p, l, rank, lerp_weight, delta,
-               exclude_self, need_grad, tuning_of(form, tile_edge, stored_entropy_bytes), {});
+               exclude_self, need_grad, tuning_of(form, tile_edge, stored_entropy_bytes));
 }
 
-// ---- the phases apart, for a batch that several processes share
-// ------------------------------------------------------
+// ---- a share of a graph, for a batch that several processes compute together: see vrm_kernels/distributed.py
 
-template <class T> Tensor begin_selection(const Tensor& like, int64_t edges, int64_t rank) {
+// How many keys of x [m, n] have each digit of `bits` bits from bit `shift` on behind the two prefixes.
+template <class T> Tensor count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
+  int pass = 0;
+  while (pass + 1 < kPasses<T> && digit_shift<T>(pass) != shift) ++pass;
+  TORCH_CHECK_VALUE(digit_shift<T>(pass) == shift && digit_bits<T>(pass) == bits && prefixes.numel() == 2,
+                    "no pass of a selection of ", x.scalar_type(), " counts ", bits, " bits from bit ", shift,
+                    " on behind ", prefixes.numel(), " prefixes");
   static_assert(sizeof(Status<T>) % sizeof(int64_t) == 0, "a tensor of integers");
-  const Tensor status = at::empty({sizeof(Status<T>) / sizeof(int64_t)}, like.options().dtype(at::kLong));
-  begin_shared_selection(reinterpret_cast<Status<T>*>(pointer_of<int64_t>(status)), edges, rank, current_stream());
-  return status;
+  const Tensor status = at::zeros({sizeof(Status<T>) / sizeof(int64_t)}, prefixes.options());
+  if (pass > 0) {  // the kernel's keys are unsigned: as many more as there are negative ones
+    const int64_t half = int64_t{1} << (8 * sizeof(T) - shift - bits - 1);
+    status.narrow(0, offsetof(Status<T>, prefix) / sizeof(int64_t), 2).copy_(prefixes + half);
+  }
+  auto* at = reinterpret_cast<Status<T>*>(pointer_of<int64_t>(status));
+  note_initialised(status);
+  const Matrix<const T> entropy = matrix_of<const T>(x, false);
+  count_entropies(at, pass, entropy.data, x.size(0), x.size(1), entropy.vertex_stride, current_stream());
+  end_emulation();
+  const Tensor counts = status.narrow(0, pass * 2 * kBins, 2 * kBins).view({2, kBins}).narrow(1, 0, int64_t{1} << bits);
+  if (pass == 0) return counts[0].repeat({2, 1});
+  // Equal prefixes were counted once.
+  return at::where(prefixes[0] == prefixes[1], counts[0], counts);
 }
 
-// The status with the entropies of these rows and columns counted in.
-template <class T> Tensor count_selection(const Tensor& status, const Tensor& probs, const Tensor& log_probs,
-                                          int64_t self, int64_t pass, const Tuning& tuning) {
-  const Tensor result = status.clone();
-  Graph<T> g{};
-  set_sizes(g, probs.size(0), log_probs.size(0), 1, false);
-  g.depth = probs.size(1);
-  g.self = self;
-  g.status = reinterpret_cast<Status<T>*>(pointer_of<int64_t>(result));
-  note_initialised(result);
-  g.a.factor = {matrix_of<const T>(probs, false), {}, g.rows};
-  g.b.factor = {matrix_of<const T>(log_probs, false), {}, g.columns};
-  const Tensor memory = at::empty({count_entropies_bytes(g, tuning)}, probs.options().dtype(at::kByte));
-  count_entropies(g, static_cast<int>(pass), tuning, reinterpret_cast<char*>(memory.mutable_data_ptr<uint8_t>()),
-                  multiply_like<T>(probs), current_stream());
-  return result;
+Tensor cuda_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
+  const c10::cuda::CUDAGuard device(x.device());
+  return (x.scalar_type() == at::kDouble ? count_digits<double> : count_digits<float>)(x, prefixes, shift, bits);
 }
 
-// The status after a pass whose counts are complete, and the threshold and kept count, which the last pass gives.
-template <class T> std::tuple<Tensor, Tensor, Tensor> advance_selection(const Tensor& status, int64_t pass,
-                                                                        int64_t edges, int64_t rank, double lerp_weight,
-                                                                        const Tensor& like) {
-  const Tensor result = status.clone();
-  auto* at = reinterpret_cast<Status<T>*>(pointer_of<int64_t>(result));
-  note_initialised(result);
-  advance_shared_selection(at, static_cast<int>(pass), edges, rank, lerp_weight, current_stream());
-  const auto view = [&](const void* field, at::ScalarType type) {
-    const auto options = like.options().dtype(type);
-    return at::for_blob(const_cast<void*>(field), {})
-        .target_device(like.device())
-        .options(options)
-        .make_tensor()
-        .clone();
+// The caller's gradients are added to: those of many shares end in one matrix.
+template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
+                                         const Tensor& teacher_b, const Tensor& entropy, const Tensor& threshold,
+                                         const Tensor& kept, double weight, double delta, bool exclude_self,
+                                         bool need_grad, const Tensor& grad_a, const Tensor& grad_b,
+                                         const Tuning& tuning) {
+  const Tensor loss = at::empty({}, a.options()), count = at::empty({}, kept.options());
+  Problem<T> problem{};
+  problem.graphs = 1;
+  Graph<T>& g = problem.graph[0];
+  set_sizes(g, a.size(0), b.size(0), a.size(1), exclude_self);
+  const auto side = [&](Side<T>& s, const Tensor& student, const Tensor& teacher, const Tensor& grad) {
+    s.student = {matrix_of<const T>(student, false), {}, s.count};
+    s.teacher = {matrix_of<const T>(teacher, false), {}, s.count};
+    if (!need_grad) return;
+    s.out = {matrix_of<T>(grad, false), {}, s.count};
+    note_initialised(grad);
   };
-  return {result, view(&at->threshold, like.scalar_type()), view(&at->kept, at::kLong)};
+  side(g.a, a, teacher_a, grad_a);
+  side(g.b, b, teacher_b, grad_b);
+  g.keep_all = !entropy.defined();
+  g.need_grad = need_grad;
+  g.add_out = true;
+  g.weight = weight, g.delta = static_cast<T>(delta);
+  g.given = true;
+  g.threshold = given_pointer<T>(threshold);
+  g.kept = given_pointer<int64_t>(kept);
+  if (!g.keep_all) {
+    const Matrix<const T> given = matrix_of<const T>(entropy, false);
+    g.entropy = const_cast<T*>(given.data), g.entropy_ld = given.vertex_stride;
+  }
+  g.loss_out = pointer_of<T>(loss);
+  g.kept_out = pointer_of<int64_t>(count);
+  compute(problem, tuning, a);
+  return loss;
 }
 
-void check_pass(const Tensor& like, int64_t pass) {
-  const int64_t passes = like.scalar_type() == at::kDouble ? kPasses<double> : kPasses<float>;
-  TORCH_CHECK_VALUE(pass >= 0 && pass < passes, "a selection of ", like.scalar_type(), " has passes 0 to ", passes - 1,
-                    ", not ", pass);
-}
-
-Tensor cuda_begin_selection(const Tensor& like, int64_t edges, int64_t rank) {
-  const c10::cuda::CUDAGuard device(like.device());
-  const auto begin = like.scalar_type() == at::kDouble ? begin_selection<double> : begin_selection<float>;
-  const Tensor status = begin(like, edges, rank);
-  end_emulation();
-  return status;
-}
-
-Tensor cuda_count_selection(const Tensor& status, const Tensor& probs, const Tensor& log_probs,
-                            std::optional<int64_t> self, int64_t pass, int64_t tile_edge) {
-  check_pass(probs, pass);
-  const c10::cuda::CUDAGuard device(probs.device());
-  const auto count = probs.scalar_type() == at::kDouble ? count_selection<double> : count_selection<float>;
-  const Tensor result = count(status, probs, log_probs, self.value_or(kNoSelf), pass, tuning_of("tiles", tile_edge, 0));
-  end_emulation();
-  return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor> cuda_advance_selection(const Tensor& status, int64_t pass, int64_t edges,
-                                                          int64_t rank, double lerp_weight, const Tensor& like) {
-  check_pass(like, pass);
-  const c10::cuda::CUDAGuard device(like.device());
-  const auto advance = like.scalar_type() == at::kDouble ? advance_selection<double> : advance_selection<float>;
-  auto result = advance(status, pass, edges, rank, lerp_weight, like);
-  end_emulation();
-  return result;
-}
-
-std::tuple<Tensor, Tensor, Tensor> cuda_relation_edges(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
-                                                       const Tensor& teacher_b, const Tensor& probs,
-                                                       const Tensor& log_probs, const Tensor& threshold,
-                                                       const Tensor& kept, std::optional<int64_t> self, double delta,
-                                                       bool need_grad, int64_t tile_edge) {
+Tensor cuda_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
+                           const std::optional<Tensor>& entropy, const Tensor& grad_a, const Tensor& grad_b,
+                           const Tensor& threshold, const Tensor& kept, double weight, double delta, bool exclude_self,
+                           bool need_grad, int64_t tile_edge) {
   at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::cuda::CUDAGuard device(a.device());
-  const auto graph = a.scalar_type() == at::kDouble ? relation_graph<double> : relation_graph<float>;
-  const auto [loss, grad_a, grad_b, all] =
-      graph(a, b, teacher_a, teacher_b, probs, log_probs, 0, 0, delta, false, need_grad,
-            tuning_of("tiles", tile_edge, 0), {threshold, kept, self.value_or(kNoSelf)});
-  return {loss, grad_a, grad_b};
+  const auto share = a.scalar_type() == at::kDouble ? relation_share<double> : relation_share<float>;
+  return share(a, b, teacher_a, teacher_b, entropy.value_or(Tensor()), threshold, kept, weight, delta, exclude_self,
+               need_grad, grad_a, grad_b, tuning_of("tiles", tile_edge, 0));
 }
 
 // ---- both graphs of the loss
@@ -369,28 +343,18 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
       "bool need_grad, str form, int tile_edge, int stored_entropy_bytes) "
       "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
-  // The first passes x 2 x 2048 + 1 integers of `status` are counts, which may be added over processes between count
-  // and advance.
-  m.def("cuda_begin_selection(Tensor like, int edges, int rank) -> Tensor status");
+  m.def("cuda_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
   m.def(
-      "cuda_count_selection(Tensor status, Tensor probs, Tensor log_probs, int? self, int index, int tile_edge) "
-      "-> Tensor status");
-  m.def(
-      "cuda_advance_selection(Tensor status, int index, int edges, int rank, float lerp_weight, Tensor like) "
-      "-> (Tensor status, Tensor threshold, Tensor kept)");
-  m.def(
-      "cuda_relation_edges(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor probs, Tensor log_probs, "
-      "Tensor threshold, Tensor kept, int? self, float delta, bool need_grad, int tile_edge) "
-      "-> (Tensor loss, Tensor grad_a, Tensor grad_b)");
+      "cuda_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? entropy, Tensor(a!) grad_a, "
+      "Tensor(b!) grad_b, Tensor threshold, Tensor kept, float weight, float delta, bool exclude_self, bool need_grad, "
+      "int tile_edge) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
   m.impl("cuda_relation_graph", vrm::cuda::cuda_relation_graph);
   m.impl("cuda_vrm_graphs", vrm::cuda::cuda_vrm_graphs);
-  m.impl("cuda_begin_selection", vrm::cuda::cuda_begin_selection);
-  m.impl("cuda_count_selection", vrm::cuda::cuda_count_selection);
-  m.impl("cuda_advance_selection", vrm::cuda::cuda_advance_selection);
-  m.impl("cuda_relation_edges", vrm::cuda::cuda_relation_edges);
+  m.impl("cuda_count_digits", vrm::cuda::cuda_count_digits);
+  m.impl("cuda_relation_share", vrm::cuda::cuda_relation_share);
 }
 
 // `import vrm_kernels._cuda` registers the operators; the module itself is empty.

@@ -44,10 +44,11 @@ template <class T> struct Side {
   Stacked<T> out;                                         // [count, D]: the gradient in the caller's layout
 };
 
-// Of the selection: digits from the top, 11 + 11 + 10 bits in float32, 11 + 11 + 11 + 11 + 10 + 10 in float64.
+// Of the selection: digits from the top, 11 + 11 + 10 bits in float32, 5 x 11 + 9 in float64, as NARROW_DIGITS of
+// vrm_kernels/selection.py.
 template <class T> constexpr int kPasses = sizeof(T) == 4 ? 3 : 6;
 template <class T> VRM_HOST_DEVICE constexpr int digit_bits(int pass) {
-  return sizeof(T) == 4 ? (pass < 2 ? 11 : 10) : (pass < 4 ? 11 : 10);
+  return sizeof(T) == 4 ? (pass < 2 ? 11 : 10) : (pass < 5 ? 11 : 9);
 }
 template <class T> VRM_HOST_DEVICE constexpr int digit_shift(int pass) {
   int shift = sizeof(T) * 8;
@@ -57,8 +58,8 @@ template <class T> VRM_HOST_DEVICE constexpr int digit_shift(int pass) {
 
 // What is found out about a graph on the way; zero at first. The selection follows sorted[rank] and its successor.
 template <class T> struct Status {
-  unsigned long long histogram[kPasses<T>][2][kBins];  // counts: those of several processes may be added, ...
-  unsigned long long nan;                              // ... and this is one too: entropies that are not a number
+  unsigned long long histogram[kPasses<T>][2][kBins];  // how many keys have each digit
+  unsigned long long nan;                              // how many entropies are not a number
   uint64_t prefix[2];                                  // the digits found so far
   int64_t rank[2];                                     // among the keys with this prefix
   int64_t kept;                                        // edges at or below the threshold
@@ -88,7 +89,9 @@ template <class T> struct Graph {
   Status<T>* status;    // [1]
   const T* threshold;   // [1], and
   const int64_t* kept;  // [1]: what the edges are judged and the sums divided by: the selection's, or if `given`, the
-  bool given;           // caller's: those of a batch that several processes share, of whose edges this graph has some
+  bool given;           // caller's: those of a batch that several processes share, of whose edges this graph has some.
+  T* entropy;           // [M, N], entropy_ld elements a row: if `given`, of these edges; only read
+  int64_t entropy_ld;
   // Results.
   T* loss_out;        // [1]
   int64_t* kept_out;  // [1]

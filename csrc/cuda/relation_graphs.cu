@@ -130,6 +130,7 @@ template <class T> class TiledGraph {
     launch_step<T, Step::finish>(p_, 0, stream_);
   }
 
+ private:
   // One pass of the selection over all edges.
   void count(int pass) {
     for_each_tile([&](const EdgeTile<T>& tile) {
@@ -138,7 +139,6 @@ template <class T> class TiledGraph {
     });
   }
 
- private:
   void edges() {
     if (g_.need_grad) {
       clear(g_.a.grad, g_.a.count * g_.ld, stream_);
@@ -157,7 +157,9 @@ template <class T> class TiledGraph {
 
   // Tiles lie on one side of the border between two stacked views, because a product cannot cross it.
   template <class Visit> void for_each_tile(const Visit& visit) {
-    const auto cut = [](const Graph<T>& g, const Side<T>& side) { return g.keep_all ? side.count : side.factor.cut; };
+    const auto cut = [](const Graph<T>& g, const Side<T>& side) {
+      return g.keep_all || g.given ? side.count : side.factor.cut;
+    };
     const int64_t row_cut = cut(g_, g_.a), column_cut = cut(g_, g_.b);
     EdgeTile<T>& tile = p_.tile[0];
     for (int64_t row = 0, row_end; row < g_.rows; row = row_end) {
@@ -274,57 +276,21 @@ void run(const Problem<T>& p, const Tuning& tuning, const Multiply<T>& multiply,
   launch_step<T, Step::losses>(p, 0, stream);
 }
 
-// ---- a selection that several processes share
-// ------------------------------------------------------------------------
-
-namespace {
-
-// The shared part of a graph that the steps of the selection look at.
-template <class T> Problem<T> selection_of(Status<T>* status, int64_t edges, int64_t rank, double lerp_weight) {
+template <class T> void count_entropies(Status<T>* status, int pass, const T* entropy, int64_t rows, int64_t columns,
+                                        int64_t ld, cudaStream_t stream) {
   Problem<T> p{};
   p.graphs = 1;
   p.graph[0].status = status;
-  p.graph[0].edges = edges, p.graph[0].rank = rank, p.graph[0].lerp_weight = lerp_weight;
-  return p;
+  p.graph[0].self = kNoSelf;
+  p.tile[0].rows = rows, p.tile[0].columns = columns;
+  p.tile[0].entropy = const_cast<T*>(entropy), p.tile[0].entropy_ld = ld;
+  launch_step<T, Step::histogram>(p, pass, stream);
 }
 
-}  // namespace
-
-template <class T> void begin_shared_selection(Status<T>* status, int64_t edges, int64_t rank, cudaStream_t stream) {
-  clear(status, 1, stream);
-  launch_step<T, Step::prepare>(selection_of(status, edges, rank, 0), 0,
-                                stream);  // without dimensions only this is left
-}
-
-template <class T> void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank,
-                                                 double lerp_weight, cudaStream_t stream) {
-  launch_step<T, Step::advance>(selection_of(status, edges, rank, lerp_weight), pass, stream);
-}
-
-template <class T> int64_t count_entropies_bytes(const Graph<T>& graph, const Tuning& tuning) {
-  Carver carver(nullptr);
-  Graph<T> g = graph;
-  EdgeTile<T> tile;
-  carve_graph(carver, g, tile, {Form::tiles, tuning.tile_edge, 0}, false);
-  return carver.used();
-}
-
-template <class T> void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory,
-                                        const Multiply<T>& multiply, cudaStream_t stream) {
-  Problem<T> p{};
-  p.graphs = 1;
-  p.graph[0] = graph;
-  p.memory = memory;
-  TiledGraph<T>(p, 0, {Form::tiles, tuning.tile_edge, 0}, multiply, stream).count(pass);
-}
-
-#define VRM_INSTANTIATE(T)                                                                         \
-  template int64_t plan(Problem<T>&, const Tuning&, char*);                                        \
-  template void run(const Problem<T>&, const Tuning&, const Multiply<T>&, cudaStream_t);           \
-  template void begin_shared_selection(Status<T>*, int64_t, int64_t, cudaStream_t);                \
-  template void advance_shared_selection(Status<T>*, int, int64_t, int64_t, double, cudaStream_t); \
-  template int64_t count_entropies_bytes(const Graph<T>&, const Tuning&);                          \
-  template void count_entropies(const Graph<T>&, int, const Tuning&, char*, const Multiply<T>&, cudaStream_t);
+#define VRM_INSTANTIATE(T)                                                               \
+  template int64_t plan(Problem<T>&, const Tuning&, char*);                              \
+  template void run(const Problem<T>&, const Tuning&, const Multiply<T>&, cudaStream_t); \
+  template void count_entropies(Status<T>*, int, const T*, int64_t, int64_t, int64_t, cudaStream_t);
 VRM_INSTANTIATE(float)
 VRM_INSTANTIATE(double)
 

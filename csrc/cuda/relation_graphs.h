@@ -47,15 +47,10 @@ template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char*
 template <class T>
 void run(const Problem<T>& problem, const Tuning& tuning, const Multiply<T>& multiply, cudaStream_t stream);
 
-// The pieces of the selection, for edges that several processes share: each counts its own, the first
-// kCountsOfSelection<T> integers of the status are added over all, and each advances alike. `status` is zero at first.
-template <class T> constexpr int64_t kCountsOfSelection = kPasses<T> * 2 * kBins + 1;
-template <class T> void begin_shared_selection(Status<T>* status, int64_t edges, int64_t rank, cudaStream_t stream);
-template <class T> void count_entropies(const Graph<T>& graph, int pass, const Tuning& tuning, char* memory,
-                                        const Multiply<T>& multiply, cudaStream_t stream);
-template <class T> int64_t count_entropies_bytes(const Graph<T>& graph, const Tuning& tuning);
-template <class T> void advance_shared_selection(Status<T>* status, int pass, int64_t edges, int64_t rank,
-                                                 double lerp_weight, cudaStream_t stream);
+// Adds to the histograms of a pass the digits of entropies [rows, columns], ld elements a row, behind the prefixes that
+// the status holds.
+template <class T> void count_entropies(Status<T>* status, int pass, const T* entropy, int64_t rows, int64_t columns,
+                                        int64_t ld, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace vrm

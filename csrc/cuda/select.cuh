@@ -2,8 +2,7 @@
 //
 // Floats are mapped to unsigned integers of the same order and found digit by digit: each pass counts the next digit of
 // the keys that have the prefix found so far. sorted[rank] and sorted[rank + 1] are followed at once, each with a
-// prefix and a histogram of its own. Counts are integers: their sums do not depend on the order, and those of several
-// processes may be added before advance() reads them.
+// prefix and a histogram of its own. Counts are integers: their sums do not depend on the order.
 #pragma once
 
 #include "block.cuh"

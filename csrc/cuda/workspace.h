@@ -34,9 +34,9 @@ class Carver {
 
 template <class T> inline int64_t tile_edge(const Tuning& tuning) { return ceil_div(tuning.tile_edge, kTile) * kTile; }
 
-// Whether one array holds all entropies. A graph whose threshold is given needs each but once.
+// Whether one array holds all entropies.
 template <class T> inline bool stores_entropies(const Graph<T>& g, const Tuning& tuning) {
-  return !g.given && g.rows * g.columns * static_cast<int64_t>(sizeof(T)) <= tuning.stored_entropy_bytes;
+  return g.given || g.rows * g.columns * static_cast<int64_t>(sizeof(T)) <= tuning.stored_entropy_bytes;
 }
 
 // The arrays of the tiles of a graph; `whole`: one tile has all its edges.
@@ -51,7 +51,10 @@ void carve_tile(Carver& carver, const Graph<T>& g, EdgeTile<T>& tile, const Tuni
   tile.words = tile.ld / kTile;
   const bool stored = whole || stores_entropies(g, tuning);
   tile.entropy_ld = stored ? g.columns : tile.ld;
-  if (!g.keep_all) tile.entropy = carver.take<T>((stored ? g.rows : tile.rows) * tile.entropy_ld);
+  if (g.given)
+    tile.entropy = g.entropy, tile.entropy_ld = g.entropy_ld;
+  else if (!g.keep_all)
+    tile.entropy = carver.take<T>((stored ? g.rows : tile.rows) * tile.entropy_ld);
   tile.losses = carver.take<double>(ceil_div(tile.rows, kTile) * tile.words);
   const int64_t size = tile.rows * tile.ld;
   if (g.need_grad || tile.dots_given)

@@ -22,8 +22,7 @@ class Backend:
     ``module`` holds ``relation_graph`` (the contract is written out in :mod:`vrm_kernels.ops`) and may hold a fused
     ``vrm_graphs``; it is imported when the backend is first used. ``devices`` are device types, ``()`` meaning any.
     ``status`` says ``(usable, note)`` for this machine. ``interpreted`` are devices on which it only runs for tests,
-    slowly, and which "auto" does not give it. ``shares`` says whether it computes a process's share of a graph, see
-    :mod:`vrm_kernels.distributed`.
+    slowly, and which "auto" does not give it. The module also holds what :mod:`vrm_kernels.distributed` asks for.
     """
 
     name: str
@@ -32,7 +31,6 @@ class Backend:
     dtypes: str
     status: Callable[[], tuple[bool, str]]
     interpreted: tuple[str, ...] = ()
-    shares: bool = True
 
     def load(self):
         return importlib.import_module(self.module)
@@ -102,9 +100,8 @@ REGISTRY = {
             _ALL_DTYPES,
             _triton_status,
             interpreted=_interpreter_devices(),
-            shares=False,
         ),
-        Backend("cuda", "vrm_kernels.backends.native_cuda", ("cuda",), _ALL_DTYPES, _cuda_status, shares=False),
+        Backend("cuda", "vrm_kernels.backends.native_cuda", ("cuda",), _ALL_DTYPES, _cuda_status),
     )
 }
 
@@ -114,8 +111,8 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown backend {name!r}: choose 'auto' or one of {', '.join(map(repr, REGISTRY))}")
 
 
-def resolve(name: str, device: torch.device, shares: bool = False) -> str:
-    """The name of the backend that will run for tensors on ``device``; ``shares``: one that computes shares of graphs.
+def resolve(name: str, device: torch.device) -> str:
+    """The name of the backend that will run for tensors on ``device``.
 
     Raises:
         ValueError: an unknown name.
@@ -123,14 +120,8 @@ def resolve(name: str, device: torch.device, shares: bool = False) -> str:
     """
     check_name(name)
     if name == "auto":
-        candidates = (n for n in AUTO_ORDER if REGISTRY[n].is_for(device.type) and (REGISTRY[n].shares or not shares))
-        return next(n for n in candidates if REGISTRY[n].status()[0])
+        return next(n for n in AUTO_ORDER if REGISTRY[n].is_for(device.type) and REGISTRY[n].status()[0])
     backend = REGISTRY[name]
-    if shares and not backend.shares:
-        raise RuntimeError(
-            f"backend {name!r} does not compute the loss of a global batch yet: with gather_distributed=True use "
-            "backend='auto' or 'torch'"
-        )
     if not backend.runs_on(device.type):
         raise RuntimeError(
             f"backend {name!r} runs on {' and '.join(backend.devices)} tensors and these are on {device}: "

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 
 import vrm_kernels._cuda  # noqa: F401  registers the operators
-from vrm_kernels import ops, pruning
+from vrm_kernels import ops, pruning, selection
 
 _cuda = torch.ops.vrm_kernels
+MOST_BITS = 11  # of a digit; csrc/cuda/graph.h
 
 
 class Tuning(NamedTuple):
@@ -45,6 +46,26 @@ def vrm_graphs(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad):
     return _cuda.cuda_vrm_graphs(s, v, t, u, alpha, beta, ranks, weights, keep_all, delta, complete, need_grad, *TUNING)
 
 
+entropy_of_logs = pruning.entropy_of_logs
+
+
+def count_digits(x, prefixes, shift, bits):
+    if bits > MOST_BITS or len(prefixes) != 2:  # asked for on the CPU alone
+        return selection.count_digits(x, prefixes, shift, bits)
+    return _cuda.cuda_count_digits(x, prefixes, shift, bits)
+
+
+def relation_share(
+    a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
+):
+    """The contract is written out in :mod:`vrm_kernels.distributed`."""
+    grad_a, grad_b = grads or (a.new_empty(0), a.new_empty(0))
+    return _cuda.cuda_relation_share(
+        a, b, teacher_a, teacher_b, entropy, grad_a, grad_b, threshold, kept, weight, delta, exclude_self, bool(grads),
+        TUNING.tile_edge,
+    )  # fmt: skip
+
+
 @torch.library.register_fake("vrm_kernels::cuda_relation_graph")
 def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, exclude_self, need_grad, *tuning):
     return ops.relation_graph_fake(a, b, teacher_a, teacher_b, need_grad)
@@ -53,3 +74,13 @@ def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, ex
 @torch.library.register_fake("vrm_kernels::cuda_vrm_graphs")
 def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad, *tuning):
     return ops.vrm_graphs_fake(s, v, t, u, need_grad)
+
+
+@torch.library.register_fake("vrm_kernels::cuda_count_digits")
+def _(x, prefixes, shift, bits):
+    return prefixes.new_empty(len(prefixes), 2**bits)
+
+
+@torch.library.register_fake("vrm_kernels::cuda_relation_share")
+def _(a, b, teacher_a, teacher_b, entropy, grad_a, grad_b, *settings):
+    return a.new_empty(())

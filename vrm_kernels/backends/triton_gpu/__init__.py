@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vrm_kernels import ops, pruning
 from vrm_kernels.backends.triton_gpu import large, plan, small, stages
+from vrm_kernels.backends.triton_gpu.shares import count_digits, entropy_of_logs, relation_share  # noqa: F401
 from vrm_kernels.backends.triton_gpu.stages import Graph, Problem
 
 

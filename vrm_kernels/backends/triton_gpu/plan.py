@@ -107,8 +107,13 @@ class Blocks:
         ]
 
 
+def row_stride(n: int) -> int:
+    """Of pairwise buffers of the large regime."""
+    return padded(n, 16)
+
+
 def blocks(m: int, n: int, precision: Precision) -> Blocks:
-    stride, size = padded(n, 16), precision.compute.itemsize
+    stride, size = row_stride(n), precision.compute.itemsize
     rows = max(EDGE_BLOCK_ROWS, EDGE_BLOCK_BYTES // (3 * stride * size) // 128 * 128)
     rows = min(rows, padded(m, EPILOGUE["ROWS"]))
     parts = 2 if precision.gradient_terms == 3 else 1

@@ -2,7 +2,8 @@
 
 Two ranks are found at once, those that the quantile interpolates between. Pass ``p`` counts the p-th digit of the keys
 that begin with the digits found so far; then :func:`narrow` finds the bucket of each rank. Counts add up over row
-blocks, and would over processes; they are 64-bit integers, so that their order of arrival changes nothing.
+blocks; they are 64-bit integers, so that their order of arrival changes nothing. Where they are to be added over
+processes too, :func:`count_kernel` counts, and :mod:`vrm_kernels.selection` narrows.
 
 Buffers of a graph: ``histograms [passes, 2, 2048]`` int64, zero at first, and ``state [passes, 2, 3]`` int64: of each
 rank the digits found (``prefix``), its rank among the keys that begin so, and how many keys lie below them.
@@ -48,10 +49,11 @@ def from_key(key, T: tl.constexpr):
 
 @triton.jit
 def count_digits(histogram, key, counted, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """Add to ``histogram`` the digits at SHIFT of the ``counted`` of the 1-D ``key``."""
+    """Add the digits at SHIFT of the ``counted`` of the 1-D ``key`` to ``histogram [2 ** WIDTH]``; what was added."""
     digit = ((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
     counts = tl.histogram(digit, BINS, mask=counted)
     tl.atomic_add(histogram + tl.arange(0, BINS), wide(counts), mask=counts > 0, sem="relaxed")
+    return counts
 
 
 @triton.jit
@@ -141,6 +143,34 @@ def histogram_kernel(
             values_1, columns_1, count_1, row_stride_1, 0, histograms + PASSES * 2 * BINS, state + PASSES * 6,
             low_rank_1, high_rank_1, job - jobs_0, PASS, SHIFT, WIDTH, PREVIOUS, EXCLUDE_SELF, BLOCK,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SIZES)
+def count_kernel(
+    values,  # [rows, row_stride], of which `columns` are counted
+    columns, count, row_stride,
+    prefixes,  # [2] int64: the leading digits of the keys that count, signed as those of vrm_kernels.selection
+    histograms,  # in/out [2, 2 ** WIDTH] int64; of the LEADING digit [1, 2 ** WIDTH], all keys
+    LEADING: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A pass whose prefixes are given: what several processes add up."""
+    at = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    row, column = at // columns, at % columns
+    counted = at < count
+    key = to_key(tl.load(values + row * row_stride + column, counted, 0.0))
+    if LEADING:
+        count_digits(histograms, key, counted, SHIFT, WIDTH)
+    else:
+        bits: tl.constexpr = key.dtype.primitive_bitwidth - SHIFT - WIDTH  # of a prefix
+        half: tl.constexpr = 1 << (bits - 1)  # keys here are unsigned: as many more as there are negative ones
+        low, high = tl.load(prefixes) + half, tl.load(prefixes + 1) + half
+        digits = (key >> (SHIFT + WIDTH)).to(tl.int64)
+        counts = count_digits(histograms, key, counted & (digits == low), SHIFT, WIDTH)
+        other = histograms + (1 << WIDTH)
+        if low == high:
+            tl.atomic_add(other + tl.arange(0, BINS), wide(counts), mask=counts > 0, sem="relaxed")
+        else:
+            count_digits(other, key, counted & (digits == high), SHIFT, WIDTH)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -1,7 +1,7 @@
 """The stages that both regimes share, each a launch or a few: prepare, pack, select, total.
 
-They can be called one by one: a caller that shares a graph between processes sums the histograms between the passes of
-:class:`Selector`, and gives the stages after it a :class:`Selection` of its own.
+They can be called one by one: a process that computes a share of a graph gives the stages after the selection a
+:class:`Selection` of its own, see :mod:`shares`.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ class Graph:
     first_b: int
     vertices: int
     dims: int
+    whole_edges: int | None = None  # of the whole graph, if this is a share of one
 
     @property
     def width(self) -> int:
@@ -74,6 +75,8 @@ class Problem:
         return torch.empty(shape, dtype=dtype or self.precision.compute, device=self.device)
 
     def edge_count(self, graph: Graph) -> int:
+        if graph.whole_edges is not None:
+            return graph.whole_edges
         return pruning.edge_count(graph.m, graph.n, self.exclude_self)
 
 
@@ -186,11 +189,7 @@ class Block(NamedTuple):
 
 
 class Selector:
-    """The thresholds of some graphs, in passes: ``count`` them all, for each pass all blocks of the graphs.
-
-    After all blocks of pass p are counted, and before pass p + 1, ``histograms[:, p]`` may be summed over processes;
-    ``edges`` are then the number of edges of each graph in all of them.
-    """
+    """The thresholds of some graphs, in passes: ``count`` them all, for each pass all blocks of the graphs."""
 
     def __init__(self, problem: Problem, prepared: Prepared, edges: Sequence[int], histograms: Tensor) -> None:
         compute = problem.precision.compute
