@@ -176,3 +176,24 @@ def test_a_few_steps_of_training_follow_the_reference(backend):
             optimizer.step()
         trained.append(student.weight.detach())
     assert relative_error(*trained) < 1e-5
+
+
+# ---- forward mode -----------------------------------------------------------------------------------------------
+
+
+def test_forward_mode_is_right_or_refused(any_backend):
+    s, v, t, u = inputs(Case((8, 5)), torch.float64)
+    direction = torch.randn_like(s)
+
+    def loss(x):
+        return VF.vrm_loss(x, v, t, u, None, 1.0, 1.0, False, False, backend=any_backend)
+
+    if any_backend in ("reference", "torch"):
+        leaf = s.clone().requires_grad_()
+        loss(leaf).backward()
+        tangent = torch.func.jvp(loss, (s,), (direction,))[1]
+        assert float(tangent) == pytest.approx(float((leaf.grad * direction).sum()), rel=1e-9)
+    else:
+        with pytest.raises(RuntimeError, match="forward-mode .* backend='reference'"):
+            torch.func.jvp(loss, (s,), (direction,))
+    torch.func.jvp(lambda x: loss(s) + x.sum(), (s,), (direction,))  # a tangent that does not pass through the loss

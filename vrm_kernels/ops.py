@@ -17,6 +17,7 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vrm_kernels import backends, pruning
 from vrm_kernels.backends import reference
@@ -24,6 +25,10 @@ from vrm_kernels.backends import reference
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_DOUBLE_BACKWARD = (
     "second derivatives of the VRM loss are not supported by this backend: use backend='reference', which supports them"
+)
+NO_FORWARD_MODE = (
+    "forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors) of the VRM loss are not supported by this "
+    "backend: use backend='reference', which supports them, or reverse mode"
 )
 
 _library = torch.library.Library("vrm_kernels", "FRAGMENT")
@@ -213,11 +218,19 @@ class _OnceDifferentiated(torch.autograd.Function):
         raise RuntimeError(NO_DOUBLE_BACKWARD)
 
 
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
 def call(operator, implementation, *args):
     """The operator, or in eager mode what it comes to: the dispatcher's two detours through Python cost as much as a
     small batch's kernels."""
     if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         return operator(*args)
+    # The backends made of torch's own operators carry tangents, unless a process group lies between (no name is last).
+    carries = args[-1] in ("reference", "torch")
+    if forward_ad._current_level >= 0 and not carries and any(map(_has_tangent, args[:2])):
+        raise RuntimeError(NO_FORWARD_MODE)
     return _Rule.apply(implementation, *args) if _needs_grad(*args[:2]) else implementation(*args)
 
 
