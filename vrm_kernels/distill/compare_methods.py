@@ -31,7 +31,7 @@ TASKS = {
         "idx:/usr/share/datasets/fashion-mnist", "conv_32_64_128", "conv_8_16_16", epochs=10, teacher_epochs=10,
         train_images=20000,
     ),
-    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=40, teacher_epochs=60),
+    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=24, teacher_epochs=40),
 }  # fmt: skip
 
 # A loss of a task; None trains on cross-entropy alone. The settings are those published for CIFAR-100: KD's (0.1 CE,
