@@ -1,5 +1,8 @@
 """Each adapter against the library it is for: the example trains, and the loss is VRMLoss of the right views."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import distill_helpers  # noqa: F401 (imports torchvision where that takes a hand)
@@ -82,6 +85,30 @@ def test_torchdistill_trains_from_the_examples_yaml(digits, teacher):
     assert sum(losses[-9:]) < 0.7 * sum(losses[:9])
     assert validate(student, DataLoader(digits[1], 100), "cpu") > 0.6
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_torchdistill_adapter_is_the_first_import_of_a_process():
+    pytest.importorskip("torchdistill")
+    code = """
+import importlib.util, pathlib, re, sys, torch
+try:
+    import vrm_kernels.adapters.torchdistill
+except RuntimeError as error:  # as in distill_helpers: a torchvision whose operators do not load beside this torch
+    assert "operator torchvision::" in str(error), error
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    folder = pathlib.Path(importlib.util.find_spec("torchvision").origin).parent
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    fakes = re.findall(r'register_fake..torchvision::(\\w+)', (folder / "_meta_registrations.py").read_text())
+    for name in fakes:
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import vrm_kernels.adapters.torchdistill
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
+assert "VRMLoss" in MIDDLE_LEVEL_LOSS_DICT
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torchdistill_draws_two_views(digits):

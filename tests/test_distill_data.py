@@ -146,6 +146,49 @@ def test_images_of_another_size_are_reported_and_an_image_size_takes_them(tmp_pa
     assert data.size == (8, 8) and data.test[torch.arange(24)][0].shape == (24, 1, 8, 8)
 
 
+def test_sixteen_bits_are_scaled_and_more_are_refused_by_name(tmp_path):
+    _folder(tmp_path)
+    grey = numpy.linspace(0, 65535, 144).round().astype("uint16").reshape(12, 12)
+    Image.fromarray(grey).save(tmp_path / "test" / "dark" / "0.png")
+    data = open_dataset(f"folder:{tmp_path}")
+    found = data.test[torch.tensor([0])][0][0, 0].numpy()
+    assert data.in_channels == 1 and numpy.abs(found - grey / 257).max() <= 0.5
+    for mode, said in (("I", "32-bit integers"), ("F", "floating-point numbers")):
+        file = tmp_path / "train" / "dark" / f"{mode}.tiff"
+        Image.fromarray(grey.astype("int32" if mode == "I" else "float32")).save(file)
+        with pytest.raises(ValueError, match=rf"{mode}.tiff: holds {said}"):
+            open_dataset(f"folder:{tmp_path}")
+        file.unlink()
+
+
+def test_class_without_training_images_is_refused_and_without_test_images_is_told(tmp_path):
+    _folder(tmp_path)
+    (tmp_path / "test" / "light").rename(tmp_path / "test" / "lights")
+    with pytest.raises(ValueError, match="train has no images of lights, test has: is a folder's name misspelt"):
+        open_dataset(f"folder:{tmp_path}")
+    (tmp_path / "test" / "lights").rename(tmp_path / "aside")
+    assert open_dataset(f"folder:{tmp_path}").notes == ("test has no images of light",)
+
+
+@pytest.mark.parametrize("where", ["train", "train/dark/more"])
+def test_stray_image_is_named(where, tmp_path):
+    _folder(tmp_path)
+    (tmp_path / where).mkdir(exist_ok=True)
+    Image.new("L", (12, 12)).save(tmp_path / where / "stray.png")
+    with pytest.raises(ValueError, match="1 image does not lie in a class's own folder") as error:
+        open_dataset(f"folder:{tmp_path}")
+    assert str(tmp_path / where / "stray.png") in str(error.value) and "0.png" not in str(error.value)
+
+
+def test_local_folder_shows_no_bar_of_a_download(tmp_path, capfd):
+    import datasets
+
+    _folder(tmp_path)
+    open_dataset(f"folder:{tmp_path}")
+    captured = capfd.readouterr()
+    assert captured.err == captured.out == "" and not datasets.are_progress_bars_disabled()
+
+
 def test_parquet(tmp_path):
     import datasets
 
@@ -161,6 +204,7 @@ def test_parquet(tmp_path):
     ("source", "wanted"),
     [
         ("imagenet", "names no dataset"),
+        ("digits:8", "names no dataset"),
         ("folder:", "names no dataset"),
         ("folder:nowhere", "nowhere does not exist"),
         ("zip:nowhere", "names no dataset"),

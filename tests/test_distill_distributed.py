@@ -56,8 +56,11 @@ def test_two_processes_train_the_student_of_one(tmp_path):
     arguments = [*FEW, *PLAIN, "--alpha=0", "--beta=0", "--optimizer=sgd", "--output-dir"]
     assert main([*arguments, str(tmp_path / "one")]) == 0
     output = finish(start(*MODULE, *arguments, tmp_path / "two", launcher=TORCHRUN))
-    assert output.count("teacher: ") == 1  # one log on the screen,
+    assert output.count("teacher: ") == 1 and output.count("128 images to train") == 1  # one log on the screen,
     assert len(read_log(tmp_path / "two")) == len(read_log(tmp_path / "one"))  # and one in the folder
+    summary = (tmp_path / "two" / "summary.md").read_text()
+    assert "ms in one process, without what processes send each other," in summary and ", 2 processes." in summary
+    assert "in one process" not in (tmp_path / "one" / "summary.md").read_text()
     assert main([*arguments, str(tmp_path / "parts"), "--accumulate=2"]) == 0
     expected = load_file(tmp_path / "one" / "student.safetensors")
     for other in ("two", "parts"):

@@ -115,7 +115,9 @@ def test_missing_extra(capsys, tmp_path, monkeypatch):
         cli.importlib.util, "find_spec", lambda name: None if name in ("kornia", "sklearn") else find_spec(name)
     )
     message = _refused(capsys, tmp_path)
-    assert "kornia, scikit-learn not installed: pip install 'vrm_kernels[distill]'" in message
+    assert (
+        "kornia, scikit-learn not installed: install the extra distill: pip install '.[distill]' in a clone" in message
+    )
 
 
 def test_importing_the_package_needs_no_extra():
@@ -190,9 +192,17 @@ def test_a_written_configuration_is_read_back(tmp_path):
     assert not settings.differences(options.settings_of(given).plain())
 
 
+def test_bare_words_of_yaml(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("precision: no\nresume: true\noverwrite: false\n")
+    _, given = options.parse([f"--config={file}"])
+    assert given.precision == "no" and given.resume is True and given.overwrite is False
+
+
 @pytest.mark.parametrize(
     ("content", "wanted"),
     [
+        ("seeds: true", "got 'True'"),
         ("alhpa: 3", "'alhpa', which is no option"),
         ("alpha: lots", "argument --alpha: must be a number, got 'lots'"),
         ("- alpha", "must hold 'option: value' lines"),
@@ -204,6 +214,39 @@ def test_bad_configuration(content, wanted, capsys, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(content)
     assert wanted in _refused(capsys, tmp_path, "--config", str(file))
+
+
+def test_misspelt_source_with_an_image_size(capsys, tmp_path):
+    message = _refused(capsys, tmp_path, "--dataset=fodler:photos", "--image-size=64")
+    assert "'fodler:photos' names no dataset" in message
+
+
+def test_checkpoint_is_a_folder_or_names_no_network(capsys, tmp_path):
+    from vrm_kernels.distill import create_model, save_checkpoint
+
+    name = "conv_4_8_8"
+    save_checkpoint(
+        tmp_path / "student.safetensors", create_model(name, 1, 10), {"model": name, "in_channels": 1, "classes": 10}
+    )
+    for option in ("--evaluate", "--teacher-checkpoint"):
+        message = _refused(capsys, tmp_path, option, str(tmp_path))
+        assert f"{tmp_path} is a folder: name the file in it, student.safetensors" in message
+    foreign = tmp_path / "foreign.pth"
+    torch.save(create_model("resnet8", 1, 10).state_dict(), foreign)
+    message = _refused(capsys, tmp_path, "--evaluate", str(foreign))
+    assert f"{foreign} names no network: add --student NETWORK" in message
+
+
+def test_teacher_with_weights_that_are_not_finite(capsys, tmp_path):
+    from vrm_kernels.distill import create_model, save_checkpoint
+
+    file, name = tmp_path / "teacher.safetensors", "conv_32_64_128"
+    model = create_model(name, 1, 10)
+    weight, parameter = next(iter(model.named_parameters()))
+    parameter.data.view(-1)[0] = float("nan")
+    save_checkpoint(file, model, {"model": name, "in_channels": 1, "classes": 10})
+    message = _refused(capsys, tmp_path, "--teacher-checkpoint", str(file), "--teacher", name)
+    assert f"{file} has NaN or infinite numbers in {weight}" in message
 
 
 def test_class_counts_that_differ_are_named(capsys, tmp_path):

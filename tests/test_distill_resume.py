@@ -11,7 +11,7 @@ import pytest
 import torch
 from distill_helpers import QUICK, comparable, finish, read_log, same_weights, start
 
-from vrm_kernels.distill import checkpoint
+from vrm_kernels.distill import checkpoint, recipe
 from vrm_kernels.distill.cli import main
 
 # Everything that has a state of its own: momentum, a schedule, a running mean, micro-batches, mixed images.
@@ -84,6 +84,44 @@ def test_stopped_after_each_of_some_checkpoints(undisturbed, tmp_path, monkeypat
         _assert_same(folder, undisturbed)
 
 
+def test_run_of_few_steps_is_saved_between_epochs(undisturbed, tmp_path, monkeypatch, capsys):
+    """With no checkpoint due for its steps, a run that was stopped a while after an epoch goes on after it."""
+    folder, calls = tmp_path / "run", 0
+    arguments = [*RUN, "--checkpoint-steps=1000", "--output-dir", str(folder)]
+    monkeypatch.setattr(recipe, "SAVE_SECONDS", 0.0)
+    save = checkpoint.save_state
+
+    def stopping(path, state):
+        nonlocal calls
+        save(path, state)
+        calls += 1
+        if calls in (2, 5):  # after an epoch of the teacher, and of the first student
+            raise KeyboardInterrupt
+
+    assert _stopped_at_once(arguments, monkeypatch) == 130 and not (folder / "resume.pt").exists()
+    assert "nothing was saved yet that --resume could go on from" in capsys.readouterr().err
+    monkeypatch.setattr(checkpoint, "save_state", stopping)
+    assert main([*arguments, "--resume"]) == 130
+    said = capsys.readouterr()
+    assert f"nothing to resume in {folder}: starting" in said.out
+    assert f"stopped; --resume goes on from {folder / 'resume.pt'}" in said.err
+    assert main([*arguments, "--resume"]) == 130
+    assert "resuming teacher, seed 5 at epoch 3\n" in capsys.readouterr().out
+    assert main([*arguments, "--resume"]) == 0
+    assert "resuming alone_both, seed 5 at epoch 3\n" in capsys.readouterr().out
+    assert calls > 10
+    _assert_same(folder, undisturbed)
+
+
+def _stopped_at_once(arguments, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe.Trainer, "epoch", stop)
+        return main(arguments)
+
+
 def test_resuming_a_finished_run_changes_nothing_and_other_settings_are_refused(undisturbed, tmp_path, capsys):
     before = (undisturbed / "student.safetensors").read_bytes()
     with pytest.raises(SystemExit):
@@ -144,10 +182,12 @@ class _Bomb:
 def test_loading_executes_nothing(tmp_path):
     path, proof = tmp_path / "resume.pt", tmp_path / "executed"
     torch.save({"state_dict": _Bomb(str(proof))}, path)
-    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+    with pytest.raises(ValueError, match="cannot be read as plain tensors: it holds more than tensors") as error:
         checkpoint.load_state(path)
-    with pytest.raises(ValueError, match="cannot be read as plain tensors"):
+    with pytest.raises(ValueError, match=r"save a state dict: torch\.save\(model\.state_dict\(\), FILE\)$") as other:
         checkpoint.read_weights(path)
+    for message in (str(error.value), str(other.value)):
+        assert "weights_only" not in message and "\x1b" not in message
     path.write_bytes(pickle.dumps(_Bomb(str(proof))))
     with pytest.raises(ValueError, match="cannot be read as plain tensors"):
         checkpoint.read_weights(path)
@@ -162,6 +202,7 @@ def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path, capsys):
     errors = capsys.readouterr().err
     assert "became NaN or infinite at step" in errors and "of epoch 1 (distilled, seed 5)" in errors
     assert "ce_real" in errors and "inter_sample" in errors and "try a smaller --lr than 1e+30" in errors
+    assert "a longer --relation-warmup, or a smaller --alpha and --beta" in errors and "--precision" not in errors
     assert f"the last good checkpoint is of epoch 1, step 1 of distilled, seed 5, in {folder / 'resume.pt'}" in errors
     model = checkpoint.load_state(folder / "resume.pt")["trainer"]["model"]
     assert all(x.isfinite().all() for x in model.values())

@@ -1,8 +1,10 @@
 """What single settings do to a run: precision, a trained teacher, judging alone, TensorBoard, a schedule, a warm-up."""
 
+import numpy
 import pytest
 import torch
 from distill_helpers import QUICK, read_log
+from PIL import Image
 
 from vrm_kernels.distill import create_model, load_checkpoint, recipe
 from vrm_kernels.distill.cli import main
@@ -54,19 +56,34 @@ def test_bf16_trains_in_bfloat16_and_keeps_float32_weights(finished, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", ["ours", "state dict"])
-def test_trained_teacher_is_taken_as_it_is(kind, finished, tmp_path):
+def test_trained_teacher_is_taken_as_it_is(kind, finished, tmp_path, capsys):
     file = finished / "teacher.safetensors"
     teacher, metadata = load_checkpoint(file)
     if kind == "state dict":
         file = tmp_path / "teacher.pth"
         torch.save({"state_dict": {f"module.{k}": v for k, v in teacher.state_dict().items()}, "epoch": 3}, file)
     assert main([*SHORT, str(tmp_path / "run"), "--teacher-checkpoint", str(file)]) == 0
-    rows = read_log(tmp_path / "run")
+    rows, said = read_log(tmp_path / "run"), capsys.readouterr().out
+    assert said.index(f"teacher: {float(metadata['test_accuracy']):.1%} of the test images") < said.index("seed 5: ")
+    assert "digits: 10 classes; 128 images to train, 297 to validate, 600 to test; 8x8, 1 channel" in said
     assert [(row["method"], row["epoch"]) for row in rows] == [("teacher", "0"), ("distilled", "1"), ("distilled", "2")]
     assert float(rows[0]["test_accuracy"]) == pytest.approx(float(metadata["test_accuracy"]), abs=1e-5)
     assert not (tmp_path / "run" / "teacher.safetensors").exists()
     before = [row for row in read_log(finished) if row["method"] == "distilled"]
     assert [row["train_loss"] for row in rows[1:]] == [row["train_loss"] for row in before]
+
+
+def test_evaluate_takes_the_checkpoints_image_size(finished, tmp_path, capsys):
+    numbers = numpy.random.default_rng(0).integers(0, 255, (40, 12, 12), dtype="uint8")
+    for i, pixels in enumerate(numbers):
+        file = tmp_path / "train" / str(i % 10) / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(file)
+    arguments = [f"--evaluate={finished / 'student.safetensors'}", f"--dataset=folder:{tmp_path}", "--device=cpu"]
+    assert main(arguments) == 0
+    assert "note: " not in capsys.readouterr().out
+    assert main([*arguments, "--image-size=16"]) == 0
+    assert "note: trained on images of 8x8, judged on 16x16" in capsys.readouterr().out
 
 
 def test_evaluate_judges_a_checkpoint(finished, capsys):

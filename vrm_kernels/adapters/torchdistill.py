@@ -9,6 +9,9 @@
 from typing import Any
 
 import torch
+
+# First of all: torchdistill's registry looks the module up among those imported, and fails where it is not (1.1.5).
+import torchvision.datasets  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from torchdistill.datasets.registry import register_collate_func, register_dataset_wrapper

@@ -1,7 +1,7 @@
 """The training recipe and its command, ``vrm-distill``.
 
 The pieces here need torch alone; the data, the report and the command need the extra: ``pip install
-'vrm_kernels[distill]'``.
+'.[distill]'`` in a clone.
 """
 
 from vrm_kernels.data import DualViewDataset

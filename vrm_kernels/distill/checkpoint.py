@@ -3,6 +3,7 @@
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,17 +72,23 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: neither, or one that would have to run code to be read.
+        ValueError: a folder, neither of these files, or one that would have to run code to be read.
     """
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        there = ", ".join(sorted(file.name for file in Path(path).glob("*.safetensors")))
+        raise ValueError(f"{path} is a folder: name the file in it, {there or 'for instance student.safetensors'}")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         if Path(path).suffix not in (".pt", ".pth", ".bin", ".tar", ".ckpt"):
             raise ValueError(f"{path} is not a safetensors checkpoint: {error}") from error
-    content = load_state(path)
+    try:
+        content = load_state(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; save a state dict: torch.save(model.state_dict(), FILE)") from None
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -102,6 +109,18 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.Path
         raise ValueError(f"{path} does not fit the model: {' '.join(lines[:2])}{more}") from None
 
 
+def check_finite(state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Refuse weights that a diverged training left.
+
+    Raises:
+        ValueError: naming the first tensor with a NaN or an infinite number, and how many more there are.
+    """
+    bad = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
+        raise ValueError(f"{path} has NaN or infinite numbers in {bad[0]}{more}: take an earlier checkpoint of it")
+
+
 def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write a dict of tensors, numbers, text, lists and dicts: whole or, if interrupted, not at all."""
     write_atomically(path, lambda file: torch.save(state, file))
@@ -115,9 +134,16 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: another kind of file, or one that would have to run code to be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as plain tensors: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings(action="ignore"):  # of pickle protocols that the next lines refuse
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # What torch says is not passed on: it advises to switch the protection off.
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} cannot be read as plain tensors: it holds more than tensors and would have to run code to be "
+            f"read, or is no PyTorch file"
+        ) from None
+    except (RuntimeError, EOFError, UnicodeDecodeError):
+        raise ValueError(f"{path} cannot be read as plain tensors: it is damaged or no PyTorch file") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
     return content

@@ -13,6 +13,7 @@ import torch
 
 from vrm_kernels import backends
 from vrm_kernels.distill import options as command
+from vrm_kernels.distill.data import HOW_TO_INSTALL
 from vrm_kernels.distill.settings import Settings
 
 # The modules of the extra "distill", and what pip calls them.
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def missing_packages() -> str | None:
     """What to say if a package of the extra is not installed."""
     missing = [package for module, package in _EXTRA.items() if importlib.util.find_spec(module) is None]
-    return f"{', '.join(missing)} not installed: pip install 'vrm_kernels[distill]'" if missing else None
+    return f"{', '.join(missing)} not installed: {HOW_TO_INSTALL}" if missing else None
 
 
 def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -91,6 +92,11 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             parser.error(f"argument --output-dir: {error}")
     console = Console(highlight=False, quiet=not accelerator.is_main_process)
     accelerator.wait_for_everyone()
+    console.print(data.summary, soft_wrap=True, markup=False)
+    for note in data.notes:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+    if again and resume is None:
+        console.print(f"nothing to resume in {folder}: starting", soft_wrap=True)
     try:
         teacher = None if teacher is None else teacher.to(accelerator.device)
         result = recipe.run(settings, data, console, accelerator, teacher, resume)
@@ -99,7 +105,13 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             relations.plot(folder / recipe.RELATIONS, settings, result.relations)
             report.write_summary(folder / recipe.SUMMARY, settings, result)
     except KeyboardInterrupt:
-        print(f"\nvrm-distill: stopped; --resume goes on; finished epochs: {folder / recipe.LOG}", file=sys.stderr)
+        state = folder / recipe.STATE
+        on = (
+            f"--resume goes on from {state}"
+            if state.exists()
+            else "nothing was saved yet that --resume could go on from"
+        )
+        print(f"\nvrm-distill: stopped; {on}; finished epochs: {folder / recipe.LOG}", file=sys.stderr)
         return 130
     except (recipe.Diverged, OSError, ValueError) as error:
         print(f"\nvrm-distill: failed: {error}\nFinished epochs: {folder / recipe.LOG}", file=sys.stderr)
@@ -123,7 +135,11 @@ def _tell(console, settings: Settings, result) -> None:
         (recipe.CURVES, "the training curves"),
         (recipe.RELATIONS, "the relations of teacher and student, before and after"),
         (recipe.LOG, "every epoch of every model"),
-        (recipe.STUDENT_CHECKPOINT, f"the distilled student best on the validation images, seed {result.best_seed}"),
+        (
+            recipe.STUDENT_CHECKPOINT,
+            f"the distilled student after its last epoch, of seed {result.best_seed}"
+            + (", the best seed on the validation images" if settings.seeds > 1 else ""),
+        ),
         (recipe.TEACHER_CHECKPOINT, "the teacher"),
         (recipe.SUMMARY, "this table"),
         (recipe.CONFIG, "the settings, for --config"),
@@ -173,6 +189,7 @@ def _teacher(parser: argparse.ArgumentParser, options: argparse.Namespace, setti
             if "--teacher" not in options.given and checkpoint.is_known(metadata.get("model", "")):
                 raise ValueError(f"the file is of {metadata['model']}: add --teacher {metadata['model']}")
             classes = int(metadata.get("classes", data.classes))
+            checkpoint.check_finite(state, settings.teacher_checkpoint)
             teacher = create_model(settings.teacher, data.in_channels, classes)
             checkpoint.load_weights(teacher, state, settings.teacher_checkpoint)
         elif settings.teacher_pretrained:
@@ -219,16 +236,25 @@ def _check_batch(settings: Settings, data, processes: int) -> None:
 
 def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from vrm_kernels.distill import checkpoint
-    from vrm_kernels.distill.data import plain_loader
+    from vrm_kernels.distill.data import plain_loader, takes_image_size
     from vrm_kernels.distill.engine import count_correct
     from vrm_kernels.distill.models import check_classes, create_model
 
-    data = _open(parser, options)
     try:
         state, metadata = checkpoint.read_weights(options.evaluate)
         named = metadata.get("model", "")
         # The file may name a model of this package, timm or torchvision, but no other code: that --student names.
-        name = options.student if "--student" in options.given or not checkpoint.is_known(named) else named
+        if "--student" not in options.given and not checkpoint.is_known(named):
+            says = f"is of {named}: add --student {named}" if named else "names no network: add --student NETWORK"
+            raise ValueError(f"{options.evaluate} {says}")
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --evaluate: {error}")
+    trained = [int(x) for x in metadata.get("size", "").split()]
+    if options.image_size is None and len(set(trained)) == 1 and takes_image_size(options.dataset):
+        options.image_size = trained[0]
+    data = _open(parser, options)
+    try:
+        name = options.student if "--student" in options.given else named
         model = create_model(name, data.in_channels, int(metadata.get("classes", data.classes)))
         checkpoint.load_weights(model, state, options.evaluate)
         check_classes("checkpoint's", name, model, data.in_channels, data.size, data.classes)
@@ -238,6 +264,11 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         data = data.with_statistics(mean, std)
     except (OSError, ValueError) as error:
         parser.error(f"argument --evaluate: {error}")
+    for note in data.notes:
+        print(f"note: {note}")
+    if trained and trained != list(data.size):
+        height, width = data.size
+        print(f"note: trained on images of {trained[0]}x{trained[1]}, judged on {height}x{width} (--image-size)")
     torch.set_num_threads(options.threads)
     device = _pick_device(parser, options)
     loader = plain_loader(data.test, workers=options.workers)

@@ -53,7 +53,7 @@ def _from_yaml(parser: argparse.ArgumentParser, path: Path) -> list[str]:
         parser.error(f"argument --config: {path} cannot be read: {' '.join(str(error).split())}")
     if not isinstance(content, dict):
         parser.error(f"argument --config: {path} must hold 'option: value' lines")
-    known = {flag for action in parser._actions for flag in action.option_strings}
+    known = {flag: action for action in parser._actions for flag in action.option_strings}
     arguments = []
     for key, value in content.items():
         flag = f"--{str(key).replace('_', '-')}"
@@ -63,6 +63,10 @@ def _from_yaml(parser: argparse.ArgumentParser, path: Path) -> list[str]:
             continue
         if isinstance(value, bool) and f"--no-{flag[2:]}" in known:
             arguments.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, bool) and known[flag].nargs == 0:  # a flag that is there or not
+            arguments += [flag] if value else []
+        elif value is False and "no" in (known[flag].choices or ()):  # YAML reads a bare no as False
+            arguments.append(f"{flag}=no")
         elif isinstance(value, list):
             arguments += [flag, *map(str, value)] if value else ([flag, "none"] if flag == "--baselines" else [])
         else:

@@ -32,12 +32,18 @@ CONFIG = "config.yaml"
 STATE = "resume.pt"
 STUDENT_CHECKPOINT = "student.safetensors"
 TEACHER_CHECKPOINT = "teacher.safetensors"
+# A run also saves its state at the end of an epoch, if it has not for so many seconds.
+SAVE_SECONDS = 20.0
 OUTPUTS = (LOG, CURVES, RELATIONS, SUMMARY, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
 
 
 @dataclass(frozen=True)
 class Result:
-    """``rows`` are the log's; ``best_seed`` is that of the distilled student that was saved, and of the relations."""
+    """What a run came to.
+
+    ``rows`` are the log's; ``best_seed`` is that of the distilled student that was saved (as it was after its last
+    epoch, of all seeds the best on the validation images), and of the relations; ``processes`` is how many trained.
+    """
 
     rows: list[dict]
     train_images: int
@@ -48,6 +54,7 @@ class Result:
     relations: relations.Relations
     step_time: StepTime
     training_seconds: float
+    processes: int = 1
 
     def final_accuracies(self, method: str) -> list[float]:
         """Test accuracies after the last epoch, in the order of the seeds."""
@@ -106,6 +113,7 @@ class _Run:
         self.best: dict[str, Any] | None = resume.get("best")
         self.seconds: float = resume.get("seconds", 0.0)
         self.saved: str | None = None
+        self.saved_at = time.monotonic()
         shards = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": settings.workers}
         self.judges = {
             "validation_accuracy": plain_loader(data.validation, **shards),
@@ -130,11 +138,14 @@ class _Run:
         ):
             if self.teacher is not None and not self.log.rows:
                 self.log.add({**self._row(TEACHER, settings.seed, 0), **self._accuracies(self.teacher)})
+                self._tell_teacher(self.log.rows[-1])
             elif self.teacher is None and done:
                 self.teacher = self._reload(settings.teacher, TEACHER_CHECKPOINT)
             total = sum(self._epochs(method) for method, _ in self.tasks)
             finished = sum(self._epochs(method) for method, _ in self.tasks[:done])
             self.bar = self.progress.add_task(TEACHER, total=total, completed=finished)
+            if done == len(self.tasks):
+                self.console.print(f"nothing left to train in {self.folder}")
             for number in range(done, len(self.tasks)):
                 self._task(number, self.resume.get("trainer") if number == done else None)
             if not self.main:
@@ -160,6 +171,10 @@ class _Run:
         )
         if state is not None:
             trainer.load_state(state)
+            after = f", after {trainer.at.step} of its {trainer.batches.steps} steps" if trainer.at.step else ""
+            self.console.print(f"resuming {method}, seed {seed} at epoch {trainer.at.epoch + 1}{after}")
+        elif self.resume and number == self.resume["task"]:
+            self.console.print(f"resuming {method}, seed {seed} at epoch 1")
             self.progress.advance(self.bar, trainer.at.epoch)
         started = time.perf_counter() - self.seconds
 
@@ -176,12 +191,9 @@ class _Run:
             try:
                 means = trainer.epoch(save)
             except NonFiniteLoss as error:
-                flag = "--teacher-lr" if method == TEACHER else "--lr"
                 last = f"the last good checkpoint is of {self.saved}" if self.saved else "no checkpoint was due before"
-                raise Diverged(
-                    f"{error} ({method}, seed {seed}); {last}: try a smaller {flag} than {lr:g}, a longer "
-                    f"--relation-warmup, or --precision no"
-                ) from error
+                advice = self._advice(method, lr)
+                raise Diverged(f"{error} ({method}, seed {seed}); {last}: try {advice}") from error
             row["train_loss"] = means.pop("loss", None)
             row |= means
             if method == DISTILLED:
@@ -192,17 +204,41 @@ class _Run:
             self.log.add(row)
             trainer.next_epoch()
             self.progress.advance(self.bar)
+            self._save_epoch(number, trainer, started)
         self.seconds = time.perf_counter() - started
         self._keep(method, seed, trainer.close(), self.log.rows[-1])
         self._save_state(number + 1, None, f"the end of {method}, seed {seed}")
 
+    def _save_epoch(self, number: int, trainer: Trainer, started: float) -> None:
+        """Save a run whose steps are too slow or too few for ``checkpoint_steps``, between two epochs.
+
+        The first process alone decides by its clock: nothing that the others take part in depends on it. Weights that
+        are not finite are left for the next step to report.
+        """
+        due = self.main and not trainer.finished and time.monotonic() - self.saved_at > SAVE_SECONDS
+        if due and trainer.parameters_finite():
+            method, seed = self.tasks[number]
+            self.seconds = time.perf_counter() - started
+            self._save_state(number, trainer.state(), f"the end of epoch {trainer.at.epoch} of {method}, seed {seed}")
+
+    def _advice(self, method: str, lr: float) -> str:
+        advice = [f"a smaller {'--teacher-lr' if method == TEACHER else '--lr'} than {lr:g}"]
+        if method == DISTILLED and (self.settings.alpha or self.settings.beta):
+            advice += ["a longer --relation-warmup", "a smaller --alpha and --beta"]
+        if self.settings.precision != "no":
+            advice.append("--precision no")
+        return ", or ".join((", ".join(advice[:-1]), advice[-1])) if advice[1:] else advice[0]
+
+    def _tell_teacher(self, row: dict[str, Any]) -> None:
+        self.console.print(f"teacher: {row['test_accuracy']:.1%} of the test images")
+
     def _keep(self, method: str, seed: int, model: nn.Module, last: dict[str, Any]) -> None:
-        """Save the teacher, and the distilled student that is best so far."""
+        """Save the teacher; and the distilled student after its last epoch, if it is of the best seed so far."""
         if method == TEACHER:
             self.teacher = model
-            self.console.print(f"teacher: {last['test_accuracy']:.1%} of the test images")
+            self._tell_teacher(last)
             self._save(TEACHER_CHECKPOINT, self.settings.teacher, model, last)
-        # Which student to save is chosen by the validation images: the test images only judge.
+        # Which seed's student to save is chosen by the validation images: the test images only judge.
         elif method == DISTILLED and (
             self.best is None or last["validation_accuracy"] > self.best["validation_accuracy"]
         ):
@@ -281,7 +317,7 @@ class _Run:
                 "seconds": self.seconds,
             }
             checkpoint.save_state(self.folder / STATE, state)
-        self.saved = f"{where}, in {self.folder / STATE}"
+        self.saved, self.saved_at = f"{where}, in {self.folder / STATE}", time.monotonic()
 
     def _loss_share(self, step_seconds: float) -> float:
         samples = self.settings.batch_size // self.accelerator.num_processes // self.settings.accumulate
@@ -317,6 +353,7 @@ class _Run:
             relations=looks,
             step_time=step_time,
             training_seconds=self.seconds,
+            processes=self.accelerator.num_processes,
         )
 
 

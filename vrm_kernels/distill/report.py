@@ -57,6 +57,8 @@ def sentences(settings: Settings, result: Result) -> list[str]:
             f"Distilled against alone on both views: {statistics.fmean(gains):+.1f} points "
             f"(by seed {' '.join(f'{gain:+.1f}' for gain in gains)})."
         )
+    # The timing is the first process's own, of the whole batch, after the training.
+    one = " in one process, without what processes send each other" if result.processes > 1 else ""
     eager = ""
     if time.eager_loss is not None:
         eager = (
@@ -64,7 +66,7 @@ def sentences(settings: Settings, result: Result) -> list[str]:
             f"{time.eager_share:.0%} of a step of {1e3 * time.eager_step:.2f} ms. "
         )
     said.append(
-        f"A distillation step takes {1e3 * time.step:.2f} ms, the loss {1e3 * time.loss:.2f} ms of it "
+        f"A distillation step takes {1e3 * time.step:.2f} ms{one}, the loss {1e3 * time.loss:.2f} ms of it "
         f"({time.share:.0%}, backend {backend}). {eager}Medians, {settings.batch_size // settings.accumulate} samples "
         f"a batch."
     )
@@ -80,7 +82,8 @@ def write_summary(path: Path, settings: Settings, result: Result) -> None:
         told = {name: value for name, value in settings.plain().items() if name != "output_dir"}
         default = Settings().plain()
         made_by = ", ".join(f"{n} {v}" for n, v in told.items() if v not in (None, False, []) or v != default[n])
-        made_by += f", vrm_kernels {__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+        made_by += f", vrm_kernels {__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, "
+        made_by += "1 process" if result.processes == 1 else f"{result.processes} processes"
         for sentence in (*sentences(settings, result), f"Settings: {made_by}."):
             console.print("\n" + sentence, soft_wrap=True)
 

@@ -8,6 +8,7 @@ from vrm_kernels.distill.data.loaders import ShardedBatches, batches_loader, pla
 
 __all__ = [
     "AUGMENTATIONS",
+    "HOW_TO_INSTALL",
     "SOURCES",
     "ImageData",
     "ShardedBatches",
@@ -17,9 +18,11 @@ __all__ = [
     "mixup",
     "open_dataset",
     "plain_loader",
+    "takes_image_size",
     "to_unit",
 ]
 
+HOW_TO_INSTALL = "install the extra distill: pip install '.[distill]' in a clone of vrm_kernels"
 # What --dataset takes, and what each is.
 SOURCES = {
     "digits": "scikit-learn's handwritten digits",
@@ -30,6 +33,21 @@ SOURCES = {
     "idx:PATH": "the four files of MNIST or Fashion-MNIST",
     "omniglot:PATH": "the two small background archives of Omniglot",
 }
+
+_KINDS = {form.partition(":")[0] for form in SOURCES}
+
+
+def takes_image_size(source: str) -> bool:
+    """Whether the images of ``source`` can be made of another size."""
+    return _parts(source)[0] in ("folder", "parquet", "hub")
+
+
+def _parts(source: str) -> tuple[str, str, str]:
+    """``KIND:PATH`` in three; the path of a folder alone is of the kind ``folder``."""
+    kind, colon, where = source.partition(":")
+    if not colon and kind != "digits" and Path(source).is_dir():
+        return "folder", ":", source
+    return kind, colon, where
 
 
 def open_dataset(
@@ -44,18 +62,16 @@ def open_dataset(
     Raises:
         ValueError: the source cannot be used, saying why: a missing library, no such file, broken images by name.
     """
-    kind, colon, where = source.partition(":")
-    if not colon and kind != "digits" and Path(source).is_dir():
-        kind, where = "folder", source
-    if image_size is not None and kind not in ("folder", "parquet", "hub"):
+    kind, colon, where = _parts(source)
+    if kind not in _KINDS or (colon if kind == "digits" else not where):
+        raise ValueError(f"{source!r} names no dataset: choose one of {', '.join(SOURCES)}")
+    if image_size is not None and not takes_image_size(source):
         raise ValueError(f"an image size is for folder:, parquet: and hub:, {source} has its own")
     # Imported only now: each needs a library of its own.
-    if kind == "digits" and not colon:
+    if kind == "digits":
         from vrm_kernels.distill.data.digits import digits
 
         return digits(train_images)
-    if not where:
-        raise ValueError(f"{source!r} names no dataset: choose one of {', '.join(SOURCES)}")
     if kind in ("idx", "omniglot", "folder", "parquet") and not Path(where).exists():
         raise ValueError(f"{source}: {where} does not exist")
     if kind == "idx":
@@ -73,6 +89,4 @@ def open_dataset(
     from vrm_kernels.distill.data import hub
 
     openers = {"folder": hub.folder, "parquet": hub.parquet, "hub": hub.hub}
-    if kind not in openers:
-        raise ValueError(f"{source!r} names no dataset: choose one of {', '.join(SOURCES)}")
     return openers[kind](where, train_images=train_images, image_size=image_size)

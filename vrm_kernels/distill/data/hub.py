@@ -1,7 +1,10 @@
 """Anything that Hugging Face ``datasets`` opens: a folder of images, parquet files, or a dataset of the hub."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,7 @@ class DecodedImages(Dataset):
         from PIL import Image, ImageOps
 
         try:
-            image = _image(entry).convert("L" if self.channels == 1 else "RGB")
+            image = _eight_bits(_image(entry)).convert("L" if self.channels == 1 else "RGB")
         except Exception as error:
             raise ValueError(f"{_name(entry, index)} cannot be decoded: {error}") from error
         height, width = self.size
@@ -85,32 +88,88 @@ def _open(
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("this source needs Hugging Face datasets: pip install 'vrm_kernels[distill]'") from error
+        from vrm_kernels.distill.data import HOW_TO_INSTALL
+
+        raise ValueError(f"this source needs Hugging Face datasets: {HOW_TO_INSTALL}") from error
     try:
-        splits = datasets.load_dataset(source, **where)
+        # A bar that counts files of this machine as "downloading" is silenced.
+        with _no_bars(datasets) if where else nullcontext():
+            splits = datasets.load_dataset(source, **where)
     except Exception as error:  # datasets' own, the hub's, the network's and the parsers' have no common ancestor
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot open {name}: {reason}") from error
     if "train" not in splits:
         raise ValueError(f"{name} has no part called train: it has {', '.join(splits)}")
-    image, label = _columns(name, splits["train"], datasets)
+    image, label = _columns(name, splits["train"], datasets, where.get("data_dir"))
     splits = {key: rows.cast_column(image, datasets.Image(decode=False)) for key, rows in splits.items()}
-    names = sorted({x for rows in splits.values() for x in rows.unique(label)}, key=lambda x: (isinstance(x, str), x))
+    found = {key: set(rows.unique(label)) for key, rows in splits.items()}
+    names = sorted(set().union(*found.values()), key=lambda x: (isinstance(x, str), x))
     names = [x for x in names if not (isinstance(x, int) and x < 0)]  # -1 stands for "kept secret"
-    splits = {key: rows for key, rows in splits.items() if -1 not in rows.unique(label)}
-    feature = splits["train"].features[label]
+    splits = {key: rows for key, rows in splits.items() if -1 not in found[key]}
+    feature, notes = splits["train"].features[label], []
     if hasattr(feature, "names") and feature.names:
         names = list(range(len(feature.names)))
+        if source == "imagefolder":
+            notes = _missing_classes(name, feature.names, {key: found[key] for key in splits})
     channels, size = _inspect(name, splits, image, image_size)
     classes = {x: i for i, x in enumerate(names)}
     parts = {key: DecodedImages(rows, image, label, channels, size, classes) for key, rows in splits.items()}
     train, validation, test = _split(name, parts)
     if sum(map(len, (train, validation, test))) * channels * size[0] * size[1] <= _IN_MEMORY:
         train, validation, test = (TensorDataset(*part[torch.arange(len(part))]) for part in (train, validation, test))
-    return from_parts(name, len(names), train, validation, test, train_images=train_images)
+    return replace(from_parts(name, len(names), train, validation, test, train_images=train_images), notes=tuple(notes))
 
 
-def _columns(name: str, rows, datasets) -> tuple[str, str]:
+@contextmanager
+def _no_bars(datasets):
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _missing_classes(name: str, classes: list[str], found: dict[str, set[int]]) -> list[str]:
+    """What to tell the user about classes, by their names, that a split has no image of.
+
+    Raises:
+        ValueError: one that is not there to train on: most often a folder's name that is spelt in two ways.
+    """
+    missing = {key: [title for i, title in enumerate(classes) if i not in seen] for key, seen in found.items()}
+    if absent := missing.pop("train"):
+        holders = [key for key, titles in missing.items() if not set(absent) <= set(titles)]
+        raise ValueError(
+            f"{name}: train has no images of {_some(absent)}, {' and '.join(holders)} "
+            f"{'has' if len(holders) == 1 else 'have'}: is a folder's name misspelt?"
+        )
+    return [f"{key} has no images of {_some(titles)}" for key, titles in missing.items() if titles]
+
+
+def _some(titles: list[str]) -> str:
+    more = f" and {len(titles) - _SHOWN} more classes" if len(titles) > _SHOWN else ""
+    return ", ".join(titles[:_SHOWN]) + more
+
+
+def _misplaced(root: str) -> str:
+    """The images of a folder that lie at another depth than most, for which no class is told; else nothing."""
+    from PIL import Image
+
+    known = set(Image.registered_extensions())
+    files = [path for path in sorted(Path(root).rglob("*")) if path.suffix.lower() in known]
+    depths = Counter(len(path.relative_to(root).parts) for path in files)
+    usual = max(depths, key=lambda depth: (depths[depth], depth), default=0)
+    stray = [path for path in files if len(path.relative_to(root).parts) != usual]
+    if not stray:
+        return ""
+    count = f"{len(stray)} images do" if len(stray) > 1 else "1 image does"
+    return f"{count} not lie in a class's own folder like the others, move it there or away:\n" + _listed(
+        [str(path) for path in stray]
+    )
+
+
+def _columns(name: str, rows, datasets, root: str | None) -> tuple[str, str]:
     """The columns of the images and of the labels."""
     columns = rows.features
     images = [key for key, kind in columns.items() if isinstance(kind, datasets.Image)]
@@ -118,6 +177,8 @@ def _columns(name: str, rows, datasets) -> tuple[str, str]:
     images = images or [key for key in ("image", "img", "images") if key in columns]
     labels = [key for key, kind in columns.items() if isinstance(kind, datasets.ClassLabel)]
     labels = [key for key in ("label", "fine_label", "labels") if key in columns] or labels
+    if images and not labels and root is not None and (stray := _misplaced(root)):
+        raise ValueError(f"{name}: {stray}")
     if not images or not labels:
         missing = "images" if not images else "labels (a folder for each class, or a column called label)"
         raise ValueError(f"{name} has no {missing}: its columns are {', '.join(columns)}")
@@ -151,12 +212,18 @@ def _inspect(name: str, splits: dict, image: str, image_size: int | None) -> tup
     for file, entry in _entries(splits, image):
         try:
             picture = _image(entry)
+            if picture.mode in ("I", "F"):
+                kind = "32-bit integers" if picture.mode == "I" else "floating-point numbers"
+                broken.append(
+                    f"{file}: holds {kind} of no known range (mode {picture.mode}): save it with 8 or 16 bits"
+                )
+                continue
             if total <= _DECODE_ALL:
                 picture.load()
         except Exception as error:  # what PIL raises depends on the format and on where the damage is
             broken.append(f"{file}: {_what_is_wrong(entry, error)}")
             continue
-        grey = grey and picture.mode in ("1", "L", "I;16")
+        grey = grey and (picture.mode in ("1", "L") or picture.mode.startswith("I;16"))
         sizes.setdefault((picture.height, picture.width), []).append(file)
     if broken:
         raise ValueError(f"{name}: {len(broken)} of {total} images cannot be read:\n" + _listed(broken))
@@ -188,6 +255,15 @@ def _image(entry: dict):
 
     content = entry.get("bytes")
     return Image.open(io.BytesIO(content) if content is not None else entry["path"])
+
+
+def _eight_bits(image):
+    """A grey image of 16 bits a pixel scaled to 8, which PIL's own conversion would clip; others as they are."""
+    from PIL import Image
+
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(((numpy.asarray(image).astype("uint32") + 128) // 257).astype("uint8"))
 
 
 def _what_is_wrong(entry: dict | None, error: Exception) -> str:

@@ -19,7 +19,7 @@ class ImageData:
     all of one size, either uint8 or float32 in [0, 1], and int64 ``[N]``. Nothing is normalised yet: augmentations want
     [0, 1], and :meth:`normalized` belongs after them.
 
-    ``mean`` and ``std`` have one number, or one a channel.
+    ``mean`` and ``std`` have one number, or one a channel. ``notes`` are what the user should be told of the data.
     """
 
     name: str
@@ -31,6 +31,15 @@ class ImageData:
     train: Dataset
     validation: Dataset
     test: Dataset
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line on what there is."""
+        parts = f"{len(self.train):,} images to train, {len(self.validation):,} to validate, {len(self.test):,} to test"
+        return f"{self.name}: {self.classes} classes; {parts}; {self.size[0]}x{self.size[1]}, {self.in_channels} " + (
+            "channel" if self.in_channels == 1 else "channels"
+        )
 
     def normalized(self, images: Tensor) -> Tensor:
         """``(images - mean) / std`` in float32, on the device of the images."""

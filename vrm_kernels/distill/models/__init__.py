@@ -108,6 +108,11 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def _install(library: str) -> str:
+    """How to get timm or torchvision beside this torch: left alone, pip may replace torch for a newer torchvision's."""
+    return f"pip install {'timm ' if library == 'timm' else ''}torchvision torch=={torch.__version__}"
+
+
 def _factory(name: str):
     """``(library or None, callable)`` of a name with a colon."""
     module, colon, attribute = name.partition(":")
@@ -120,9 +125,13 @@ def _factory(name: str):
         try:
             library = importlib.import_module(module)
         except ModuleNotFoundError as error:
-            raise ValueError(f"{name} needs {error.name}: pip install {module}") from error
+            raise ValueError(f"{name} needs {error.name}: {_install(module)}") from error
         except Exception as error:  # a build for another torch fails in ways of its own
-            raise ValueError(f"{name}: {module} is installed but cannot be imported ({error})") from error
+            raise ValueError(
+                f"{name}: {module} is installed but cannot be imported ({error}): most often torchvision was made for "
+                f"another torch; install the one made for torch {torch.__version__}, from where that came from: "
+                f"{_install(module)}"
+            ) from error
         if module == "timm":
             if not library.is_model(attribute):
                 raise ValueError(f"timm has no model {attribute!r}: timm.list_models('*{attribute[:5]}*') lists some")
