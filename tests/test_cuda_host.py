@@ -367,6 +367,10 @@ def test_the_kept_edges_are_those_below_torchs_quantile(host, dtype):
         assert int(kept) == int(expected.sum())
 
 
+def test_a_device_that_the_binary_was_built_for_is_not_refused(module):
+    assert torch.ops.vrm_kernels.cuda_refusal() == ""
+
+
 # ---- shares of a graph, for several processes ------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ CPP = {
     "cpu_relation_share",
 }
 CUDA = {"cuda_vrm_graphs", "cuda_relation_graph", "cuda_count_digits", "cuda_relation_share"}
-CUDA |= {"cuda_refusal"}  # takes no tensor: see test_cuda_host.py
+CUDA |= {"cuda_refusal"}  # takes no tensor; called in test_cuda_host.py
 
 
 def test_every_operator_is_checked_here(any_backend):
