@@ -1,10 +1,14 @@
 """Models by name: the literature's sizes, libraries' and one's own; misfits are named before training."""
 
+import re
+import sys
+
 import distill_helpers  # noqa: F401 (imports torchvision where that takes a hand)
 import pytest
 import torch
 from torch import nn
 
+from vrm_kernels.distill import models
 from vrm_kernels.distill.models import MODELS, check_classes, check_name, create_model, is_known, parameter_count
 
 # Millions of parameters at 100 classes, as the papers that compare them give them.
@@ -56,6 +60,22 @@ def test_names_that_mean_nothing_are_refused(name, wanted):
         pytest.importorskip(name.partition(":")[0])
     with pytest.raises(ValueError, match=wanted):
         check_name(name)
+
+
+def test_library_that_is_absent_or_of_another_torch(monkeypatch):
+    keep_torch = f"pip install timm torchvision torch=={torch.__version__}"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "timm", None)
+        with pytest.raises(ValueError, match=re.escape(f"timm:resnet18 needs timm: {keep_torch}")):
+            check_name("timm:resnet18")
+
+    def fail(_):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(models.importlib, "import_module", fail)
+    with pytest.raises(ValueError, match=r"nms does not exist\).* the one made for torch") as error:
+        check_name("timm:resnet18")
+    assert keep_torch in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["timm:resnet10t", "torchvision:mobilenet_v3_small"])

@@ -268,7 +268,7 @@ def _evaluate(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
         print(f"note: {note}")
     if trained and trained != list(data.size):
         height, width = data.size
-        print(f"note: trained on images of {trained[0]}x{trained[1]}, judged on {height}x{width} (--image-size)")
+        print(f"note: trained on images of {trained[0]}x{trained[1]}, judged on {height}x{width}")
     torch.set_num_threads(options.threads)
     device = _pick_device(parser, options)
     loader = plain_loader(data.test, workers=options.workers)

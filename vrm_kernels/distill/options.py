@@ -111,7 +111,11 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--image-size", "make all images of folder:, parquet: and hub: N x N", type=integer(8), metavar="N")
     add("--mean", "what normalises the images; by default the teacher's own, or else the data's", type=float, nargs="+")
     add("--std", "likewise", type=number(0, exclusive=True), nargs="+")
-    add("--augment", "the real view's augmentation; the virtual view adds RandAugment", choices=AUGMENTATIONS)
+    add(
+        "--augment",
+        "the real view's, by default after the images' channels and size; the virtual view adds RandAugment",
+        choices=AUGMENTATIONS,
+    )
     add("--workers", "processes that decode images", type=integer(0), metavar="N")
 
     add = group("models")
@@ -171,8 +175,16 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--seeds", "how many students of each kind to train", **count)
     add("--seed", "the first seed; the others follow it", type=integer(0), metavar="N")
     add("--device", "where to train: auto takes a GPU if there is one; or for instance cpu or cuda:0", type=_device)
-    add("--threads", "CPU threads; networks as small as the default's gain from no more", **count)
-    add("--checkpoint-steps", "save what --resume goes on from every N steps", **count)
+    add(
+        "--threads",
+        "CPU threads: raise it for large networks on a CPU; those as small as the default's gain from no more",
+        **count,
+    )
+    add(
+        "--checkpoint-steps",
+        "save what --resume goes on from every N steps, and at an epoch's end if that was 20 s ago",
+        **count,
+    )
     add("--tensorboard", "write TensorBoard's events, too")
     parser.add_argument(
         "--output-dir",

@@ -26,7 +26,10 @@ _SHOWN = 10
 
 
 def folder(path: str, **options) -> ImageData:
-    """Images in ``path/train/CLASS/*`` and perhaps ``path/test/CLASS/*`` and ``path/validation/CLASS/*``."""
+    """Images in ``path/train/CLASS/*`` and perhaps ``path/test/CLASS/*`` and ``path/validation/CLASS/*``.
+
+    With a validation and no test, the validation is what is tested on.
+    """
     return _open(Path(path).resolve().name, "imagefolder", data_dir=path, **options)
 
 
@@ -122,12 +125,12 @@ def _open(
 
 @contextmanager
 def _no_bars(datasets):
-    shown = datasets.are_progress_bars_disabled()
+    silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        if not shown:
+        if not silent:
             datasets.enable_progress_bars()
 
 
