@@ -173,9 +173,9 @@ class _Run:
             trainer.load_state(state)
             after = f", after {trainer.at.step} of its {trainer.batches.steps} steps" if trainer.at.step else ""
             self.console.print(f"resuming {method}, seed {seed} at epoch {trainer.at.epoch + 1}{after}")
+            self.progress.advance(self.bar, trainer.at.epoch)
         elif self.resume and number == self.resume["task"]:
             self.console.print(f"resuming {method}, seed {seed} at epoch 1")
-            self.progress.advance(self.bar, trainer.at.epoch)
         started = time.perf_counter() - self.seconds
 
         def save() -> None:
