@@ -1,6 +1,7 @@
 """What every backend's share of a graph is judged by: counts are torch's, and shares add up to the whole."""
 
 import contextlib
+import itertools
 from unittest import mock
 
 import torch
@@ -9,6 +10,7 @@ from helpers import Case, errors, evaluate, inputs
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends, collectives, pruning, selection
+from vrm_kernels import shares as share_module
 from vrm_kernels.backends import reference
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -149,3 +151,22 @@ def check_no_synchronisation(backend: str, case: Case) -> None:
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def check_shares_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    module = backends.REGISTRY[name].load()
+    check_counts(module, dtype, "cuda")
+    for exclude_self, percentile, kind in itertools.product((False, True), (30.0, 100.0), ("random", "opposite")):
+        settings = {"exclude_self": exclude_self, "percentile": percentile, "kind": kind}
+        check_shares(module, dtype, **settings, sizes=(57, 40), classes=33, device="cuda")
+
+
+def check_group_on_a_gpu(name: str, relations: str, monkeypatch) -> None:
+    """Entropies stored, and computed again; nothing waits for the device."""
+    case = Case((67, 101), relations=relations, seed=20)
+    with group_of_one("nccl"):
+        check_group_of_one(name, case, torch.float32, "cuda")
+        check_no_synchronisation(name, case)
+        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES_GPU", 4096)
+        check_group_of_one(name, case, torch.float32, "cuda")
+        check_no_synchronisation(name, case)

@@ -1,6 +1,5 @@
 """The `cuda` backend on a device. `make gpu-check` runs these; elsewhere they are skipped by name."""
 
-import itertools
 import os
 
 import pytest
@@ -18,10 +17,9 @@ from helpers import (
     make_logits,
     settings_of,
 )
-from share_checks import check_counts, check_group_of_one, check_no_synchronisation, check_shares, group_of_one
+from share_checks import check_group_on_a_gpu, check_shares_on_a_gpu
 
 from vrm_kernels import backends
-from vrm_kernels import shares as share_module
 
 pytestmark = [
     pytest.mark.gpu,
@@ -214,20 +212,9 @@ def test_triton_agrees_on_random_problems(cuda, monkeypatch, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_shares_on_the_device(dtype):
-    module = backends.REGISTRY["cuda"].load()
-    check_counts(module, dtype, "cuda")
-    for exclude_self, percentile, kind in itertools.product((False, True), (30.0, 100.0), ("random", "opposite")):
-        settings = {"exclude_self": exclude_self, "percentile": percentile, "kind": kind}
-        check_shares(module, dtype, **settings, sizes=(57, 40), classes=33, device="cuda")
+    check_shares_on_a_gpu("cuda", dtype)
 
 
 @pytest.mark.parametrize("relations", MODES)
 def test_a_group_of_one_process(relations, monkeypatch):
-    """Entropies stored, and computed again; nothing waits for the device."""
-    case = Case((67, 101), relations=relations, seed=20)
-    with group_of_one("nccl"):
-        check_group_of_one("cuda", case, torch.float32, "cuda")
-        check_no_synchronisation("cuda", case)
-        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES_GPU", 4096)
-        check_group_of_one("cuda", case, torch.float32, "cuda")
-        check_no_synchronisation("cuda", case)
+    check_group_on_a_gpu("cuda", relations, monkeypatch)

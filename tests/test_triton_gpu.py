@@ -1,7 +1,5 @@
 """The triton backend on a GPU: what the interpreter cannot show. Skipped, by name, where there is none."""
 
-import itertools
-
 import pytest
 import torch
 from helpers import (
@@ -19,12 +17,11 @@ from helpers import (
     relative_error,
     settings_of,
 )
-from share_checks import check_counts, check_group_of_one, check_no_synchronisation, check_shares, group_of_one
+from share_checks import check_group_on_a_gpu, check_shares_on_a_gpu
 
 import vrm_kernels
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
-from vrm_kernels import shares as share_module
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -205,20 +202,9 @@ def test_more_edges_than_32_bits_count():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_shares_on_the_device(dtype):
-    module = backends.REGISTRY["triton"].load()
-    check_counts(module, dtype, "cuda")
-    for exclude_self, percentile, kind in itertools.product((False, True), (30.0, 100.0), ("random", "opposite")):
-        settings = {"exclude_self": exclude_self, "percentile": percentile, "kind": kind}
-        check_shares(module, dtype, **settings, sizes=(57, 40), classes=33, device="cuda")
+    check_shares_on_a_gpu("triton", dtype)
 
 
 @pytest.mark.parametrize("relations", MODES)
 def test_a_group_of_one_process(relations, monkeypatch):
-    """Entropies stored, and computed again; nothing waits for the device."""
-    case = Case((67, 101), relations=relations, seed=20)
-    with group_of_one("nccl"):
-        check_group_of_one("triton", case, torch.float32, "cuda")
-        check_no_synchronisation("triton", case)
-        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES_GPU", 4096)
-        check_group_of_one("triton", case, torch.float32, "cuda")
-        check_no_synchronisation("triton", case)
+    check_group_on_a_gpu("triton", relations, monkeypatch)

@@ -66,14 +66,18 @@ entropy_of_logs = pruning.entropy_of_logs
 count_digits = selection.count_digits
 
 
+def share_mask(a: Tensor, b: Tensor, entropy: Tensor | None, threshold, exclude_self: bool) -> Tensor:
+    """The pruning mask of a share's edges, whose threshold is the whole graph's; without ``entropy`` all are kept."""
+    if entropy is not None:
+        return entropy <= threshold
+    return kept_edges(None, len(a), len(b), 100, exclude_self).to(a.device)
+
+
 def relation_share(
     a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
 ) -> Tensor:
     """The contract is written out in :mod:`vrm_kernels.distributed`."""
-    if entropy is None:
-        mask = kept_edges(None, len(a), len(b), 100, exclude_self).to(a.device)
-    else:
-        mask = entropy <= threshold
+    mask = share_mask(a, b, entropy, threshold, exclude_self)
     with torch.enable_grad():
         student = [x.detach().requires_grad_() for x in (a, b)]
         loss = masked_loss(*student, teacher_a, teacher_b, mask, kept, delta, exclude_self)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vrm_kernels import ops, pruning, selection
-from vrm_kernels.backends.reference import COUNT_EPS, RELATION_EPS, kept_edges
+from vrm_kernels.backends.reference import COUNT_EPS, RELATION_EPS, kept_edges, share_mask
 
 # Guard: n^2 and m^2 must exceed this fraction of the two squared norms that they are computed from. In float32, with
 # the student at the teacher + 1 % noise (64 x 10 to 256 x 10, 128 x 100), the gradient's relative error reached 6e-5
@@ -98,10 +98,7 @@ def relation_share(
 ) -> Tensor:
     """The contract is written out in :mod:`vrm_kernels.distributed`."""
     vectors = [x.contiguous() for x in (a, b, teacher_a, teacher_b)]
-    if entropy is None:
-        keep = kept_edges(None, len(a), len(b), 100, exclude_self).to(a.device)
-    else:
-        keep = entropy <= threshold
+    keep = share_mask(a, b, entropy, threshold, exclude_self)
     loss, parts = _masked(vectors, keep, kept, delta, bool(grads))
     for grad, part in zip(grads, parts, strict=True):
         grad.add_(part, alpha=weight)
