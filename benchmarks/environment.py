@@ -36,6 +36,13 @@ def describe() -> dict[str, str]:
     }
 
 
+def results_file(kind: str, described: dict[str, str], folder: Path = RESULTS) -> Path:
+    """A new file's name: what was measured, on what, and when."""
+    stamp = described["date"].replace("-", "").replace(":", "").replace(" ", "-")
+    isa = "".join(letter for letter in described["isa"].lower() if letter.isalnum())
+    return folder / f"{kind}-{isa}-{described['cores']}cores-{stamp}.csv"
+
+
 def available_bytes() -> int:
     """Memory that can be had without swapping; 0 where the system does not say."""
     return _kilobytes("/proc/meminfo", "MemAvailable") * 1024

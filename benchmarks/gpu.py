@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import environment, records
 from benchmarks.oracle import Oracle, acceptable, first
 from benchmarks.peers import PEERS, Peer
-from benchmarks.problem import ALPHA, BETA, MODES, PERCENTILE, Case, elements, make_inputs
+from benchmarks.problem import ALPHA, BETA, MODES, PERCENTILE, Case, elements, make_inputs, parse_size
 from benchmarks.records import Row
 from vrm_kernels import VRMLoss, backends
 
@@ -307,18 +307,10 @@ def ratios(rows: list[Row], peer: str = "cuda", base: str = "triton") -> list[st
     return lines
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        b, c = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a size is BxC, such as 64x100, not {text!r}") from None
-    return b, c
-
-
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--sizes", nargs="+", type=_size, default=SIZES, metavar="BxC")
+    parser.add_argument("--sizes", nargs="+", type=parse_size, default=SIZES, metavar="BxC")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--peers", nargs="+", choices=GPU_PEERS, default=list(GPU_PEERS))
     parser.add_argument("--seconds", type=float, default=0.2, help="of repeated calls for each figure (default: 0.2)")

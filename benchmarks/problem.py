@@ -1,5 +1,6 @@
 """What is measured: the settings of the loss, the inputs, and the name of one measurement."""
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,15 @@ INPUTS = {
     "from the teacher in each view: a student that has learnt",
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """A command line's ``64x100``, for argparse."""
+    try:
+        b, c = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a size is BxC, such as 64x100, not {text!r}") from None
+    return b, c
 
 
 @dataclass(frozen=True)

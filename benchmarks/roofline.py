@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
+from benchmarks.table import rewrite
 from benchmarks.triton_kernels import DOCUMENT, Call, _make
 from vrm_kernels.backends.triton_gpu import large, plan
 
@@ -94,8 +95,7 @@ def main() -> None:
     text = table()
     print(text)
     if args.write:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        rewrite(DOCUMENT, text, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from benchmarks import environment, records
 from benchmarks.measure import failure, start, too_large
 from benchmarks.peers import PEERS
-from benchmarks.problem import DTYPES, INPUTS, MODES, Case, elements
+from benchmarks.problem import DTYPES, INPUTS, MODES, Case, elements, parse_size
 from benchmarks.records import Row
 
 SIZES = ((64, 100), (256, 100), (512, 100), (128, 1000), (1024, 1000), (4096, 100), (16384, 100), (64, 21841))
@@ -181,13 +181,6 @@ def _run(module: list[str], case: Case, timeout: float, memory_limit: int, scrat
     return failure(stderr or f"exit status {process.returncode}", memory_limit)
 
 
-def results_file(folder: Path) -> Path:
-    described = environment.describe()
-    stamp = described["date"].replace("-", "").replace(":", "").replace(" ", "-")
-    isa = "".join(letter for letter in described["isa"].lower() if letter.isalnum())
-    return folder / f"cpu-{isa}-{described['cores']}cores-{stamp}.csv"
-
-
 def line(row: Row) -> str:
     """One row for the terminal."""
     size = f"{row['batch']}x{row['classes']}"
@@ -199,19 +192,11 @@ def line(row: Row) -> str:
     return f"{name}  {row['time_ms']:10.2f} ms  {units:>12}  {peak:>9}"
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        b, c = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a size is BxC, such as 64x100, not {text!r}") from None
-    return b, c
-
-
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small sizes, short repeats, into runs/bench")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--sizes", nargs="+", type=_size, help="such as 64x100: these alone, with --inputs")
+    parser.add_argument("--sizes", nargs="+", type=parse_size, help="such as 64x100: these alone, with --inputs")
     parser.add_argument("--inputs", choices=INPUTS, default="random", help="with --sizes (default: random)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -230,7 +215,8 @@ def main(arguments: list[str] | None = None) -> Path:
         cases = suite(args.threads, args.dtype)
     cases = [case for case in cases if case.peer in args.peers]
     seconds = args.seconds or (0.3 if args.quick else 1.0)
-    output = results_file(args.output or (QUICK_OUTPUT if args.quick else environment.RESULTS))
+    folder = args.output or (QUICK_OUTPUT if args.quick else environment.RESULTS)
+    output = environment.results_file("cpu", environment.describe(), folder)
     drifts = []
     for row in run(cases, Limits(seconds, args.limit, int(args.memory * 2**30)), output):
         print(line(row), flush=True)

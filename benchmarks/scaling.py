@@ -5,7 +5,6 @@ markers of docs/scaling.md.
 """
 
 import argparse
-import csv
 import datetime
 import os
 import tempfile
@@ -17,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import vrm_kernels.functional as VF
-from benchmarks import environment, table
+from benchmarks import environment, records, table
 from benchmarks.problem import ALPHA, BETA, PERCENTILE, Case, make_inputs
 from vrm_kernels import distributed, selection
 from vrm_kernels.collectives import Group
@@ -158,13 +157,8 @@ def main(arguments: list[str] | None = None) -> None:
             }
             rows.append(row)
             print(", ".join(f"{name} {row[name]}" for name in list(row)[:8]), flush=True)
-    stamp = where["date"].replace("-", "").replace(" ", "-").replace(":", "")
-    path = environment.RESULTS / f"scaling-{where['isa'].lower()}-{where['cores']}cores-{stamp}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    path = environment.results_file("scaling", where)
+    records.append(path, rows, tuple(rows[0]))
     table.rewrite(args.page, f"{_table(rows, path, where, args.page)}\n\n{_projection()}")
     print(f"{path}\n{args.page}: table from {path.name}")
 

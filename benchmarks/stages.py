@@ -4,14 +4,13 @@ Writes benchmarks/results/stages-*.csv and the table between the markers of docs
 """
 
 import argparse
-import csv
 import os
 import time
 from pathlib import Path
 
 import torch
 
-from benchmarks import environment, table
+from benchmarks import environment, records, table
 from benchmarks.measure import gemm_unit
 from benchmarks.problem import ALPHA, BETA, PERCENTILE, Case, make_inputs
 
@@ -77,12 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
                 }
             )
         print(f"{batch}x{classes}: " + ", ".join(f"{s} {result[s]:.3g} ms" for s in (*STAGES, "total")), flush=True)
-    stamp = where["date"].replace("-", "").replace(" ", "-").replace(":", "")
-    path = environment.RESULTS / f"stages-{where['isa'].lower()}-{where['cores']}cores-{stamp}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    path = environment.results_file("stages", where)
+    records.append(path, rows, tuple(rows[0]))
     table.rewrite(args.page, _table(rows, path, where, args.page))
     print(f"{path}\n{args.page}: table from {path.name}")
 

@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.table import rewrite
 from vrm_kernels import selection
 from vrm_kernels.backends import triton_gpu
 from vrm_kernels.backends.triton_gpu import blocks, fused, large, plan, prepare, select
@@ -269,8 +270,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if args.write:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        rewrite(DOCUMENT, text, BEGIN, END)
 
 
 if __name__ == "__main__":
