@@ -21,25 +21,25 @@ distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
 
 compare: $(READY)
-	$(BIN)/python -m vrm_kernels.distill.compare $(ARGS)
+	$(BIN)/python -m benchmarks.methods.train $(ARGS)
 
 test: $(VENV)/.adapters
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.run $(ARGS)
-	$(BIN)/python -m benchmarks.plot
-	$(BIN)/python -m benchmarks.table
-	$(BIN)/python -m benchmarks.stages
+	$(BIN)/python -m benchmarks.cpu.run $(ARGS)
+	$(BIN)/python -m benchmarks.report.plot
+	$(BIN)/python -m benchmarks.report.table
+	$(BIN)/python -m benchmarks.cpu.stages
 
 bench-quick: $(READY)
-	$(BIN)/python -m benchmarks.run --quick $(ARGS)
+	$(BIN)/python -m benchmarks.cpu.run --quick $(ARGS)
 
 bench-pytest: $(READY)
-	$(BIN)/python -m pytest benchmarks/test_bench_small.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+	$(BIN)/python -m pytest benchmarks/cpu/test_bench_small.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 gpu-check:
-	PYTHON="$(PYTHON)" bash benchmarks/gpu_check.sh $(or $(FOLDER),$(error give it a folder for the results: make gpu-check FOLDER=results))
+	PYTHON="$(PYTHON)" bash benchmarks/gpu/check.sh $(or $(FOLDER),$(error give it a folder for the results: make gpu-check FOLDER=results))
 
 build: $(READY)
 

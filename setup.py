@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "csrc" / "cuda"))
+sys.path.insert(0, str(ROOT / "tools"))
 import cuda_build  # noqa: E402
 
 REPORT = ROOT / "vrm_kernels" / "_build_report.py"

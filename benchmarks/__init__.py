@@ -1,3 +1,3 @@
-"""The benchmark suite: ``python -m benchmarks.run`` measures, ``.plot`` draws, ``.table`` writes the README's tables,
-``.compare`` sets two results side by side. Run from the repository's root; not part of the installed package.
+"""The benchmark suite: ``python -m benchmarks.cpu.run`` measures, ``.plot`` draws, ``.table`` writes the
+README's tables, ``.compare`` sets two results side by side. Run from the repository's root; not installed.
 """

@@ -44,6 +44,7 @@ template <> struct Guard<double> {
 
 constexpr double kRelationEps = 1e-7;
 constexpr double kCountEps = 1e-7;
+constexpr double kEntropyEps = 1e-7;  // these three also in vrm_kernels/graph/constants.py: a test compares them
 
 // V is a scalar or a vector register of edges, T its element, Mask what V's comparisons give.
 template <class V, class Mask> struct EdgeTerms {

@@ -1,18 +1,17 @@
-"""The loss as functions. Every default and every check of the arguments stands here and only here."""
+"""The loss as functions. The defaults stand here; the refusals in :mod:`vrm_kernels.checks`."""
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm_kernels import backends, ops, pruning
+from vrm_kernels import backends, checks, ops
+from vrm_kernels.graph import pruning
 
 DEFAULT_PERCENTILE = 30.0
 DEFAULT_DELTA = 1.0
 DEFAULT_RELATIONS = "inter_view"
-RELATIONS = ("inter_view", "complete")
 IGNORED_LABEL = -100  # torch's default: such a sample has no cross-entropy
 TERM_NAMES = ("ce_real", "ce_virtual", "inter_sample", "inter_class", "kept_inter_sample", "kept_inter_class")
 
@@ -60,7 +59,7 @@ def vrm_loss(
         RuntimeError: a backend, asked for by name, that cannot run here; a second derivative through a backend other
             than ``reference``.
     """
-    check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
+    checks.check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
     named = {
         "logits_student_real": logits_student_real,
         "logits_student_virtual": logits_student_virtual,
@@ -68,12 +67,12 @@ def vrm_loss(
         "logits_teacher_virtual": logits_teacher_virtual,
     }
     group = _global_group(process_group) if gather_distributed else None
-    dtype = _check_logits(named, may_be_empty=group is not None)
+    dtype = checks.check_logits(named, may_be_empty=group is not None)
     if labels is not None or ce_loss_on_real or ce_loss_on_virtual:
-        labels = _check_labels(labels, logits_student_real, dtype)
+        labels = checks.check_labels(labels, logits_student_real, dtype)
     chosen = backends.resolve(backend, logits_student_real.device)
     if check_finite:
-        _check_finite(named)
+        checks.check_finite(named)
 
     settings = {
         "alpha": float(alpha),
@@ -112,7 +111,7 @@ def vrm_loss(
 def _global_terms(named, labels, cross_entropies, group, settings, agreed):
     """``(alpha L_inter_sample + beta L_inter_class, the two terms, the kept counts, the two cross-entropies)`` of the
     global batch, from this process's sums of cross-entropies."""
-    from vrm_kernels import distributed  # needs a torch that was built with torch.distributed
+    from vrm_kernels.distributed import loss as distributed  # needs a torch that was built with torch.distributed
 
     if labels is None:
         count = cross_entropies[0].new_zeros(())
@@ -127,7 +126,7 @@ def _global_terms(named, labels, cross_entropies, group, settings, agreed):
     world = torch.distributed.get_world_size(group)
     means = []
     for local, total in zip(cross_entropies, sums[:2], strict=True):
-        local = local * (world / sums[2]).to(local.dtype)  # see vrm_kernels.distributed for the factor
+        local = local * (world / sums[2]).to(local.dtype)  # see vrm_kernels.distributed.loss for the factor
         # The value of the whole, the gradient of this process's part.
         means.append((total / sums[2]).to(local.dtype) + (local - local.detach()))
     return loss, terms, kept, means
@@ -163,26 +162,26 @@ def relation_loss(
         ValueError, TypeError: bad shapes, dtypes, devices or settings, before any work.
         RuntimeError: as :func:`vrm_loss`.
     """
-    _check_range("percentile", percentile, 0.0, 100.0)
-    _check_delta(delta)
+    checks.check_range("percentile", percentile, 0.0, 100.0)
+    checks.check_delta(delta)
     backends.check_name(backend)
     named = {"a": a, "b": b, "teacher_a": teacher_a, "teacher_b": teacher_b}
     if probs is not None:
         if not (isinstance(probs, tuple | list) and len(probs) == 2):
             raise ValueError("probs must be a pair (P [M, K], P' [N, K]) or None")
         named |= {"probs[0]": probs[0], "probs[1]": probs[1]}
-    dtype = _check_floating(named)
-    _check_one_device(named)
+    dtype = checks.check_floating(named)
+    checks.check_one_device(named)
     if any(x.dim() != 2 for x in named.values()):
-        raise ValueError(f"every tensor must be 2-D, got {_shapes(named)}")
+        raise ValueError(f"every tensor must be 2-D, got {checks.shapes(named)}")
     if a.shape != teacher_a.shape or b.shape != teacher_b.shape or a.shape[1] != b.shape[1]:
-        raise ValueError(f"a and teacher_a must be [M, D], b and teacher_b [N, D], got {_shapes(named)}")
+        raise ValueError(f"a and teacher_a must be [M, D], b and teacher_b [N, D], got {checks.shapes(named)}")
     if 0 in a.shape or 0 in b.shape:
-        raise ValueError(f"a graph needs at least one vertex on each side and one dimension, got {_shapes(named)}")
+        raise ValueError(f"a graph needs at least one vertex a side and one dimension, got {checks.shapes(named)}")
     if probs is not None:
         p, q = probs
         if p.shape[0] != a.shape[0] or q.shape[0] != b.shape[0] or p.shape[1] != q.shape[1] or p.shape[1] == 0:
-            raise ValueError(f"probs must be ([M, K], [N, K]) for a [M, D] and b [N, D], got {_shapes(named)}")
+            raise ValueError(f"probs must be ([M, K], [N, K]) for a [M, D] and b [N, D], got {checks.shapes(named)}")
         probs = (p.detach().to(dtype), q.detach().to(dtype))
     chosen = backends.resolve(backend, a.device)
     return ops.relation_graph(
@@ -203,8 +202,8 @@ def joint_entropy(logits_real: Tensor, logits_virtual: Tensor) -> Tensor:
         ValueError, TypeError: as :func:`vrm_loss`.
     """
     named = {"logits_real": logits_real, "logits_virtual": logits_virtual}
-    dtype = _check_floating(named)
-    _check_one_device(named)
+    dtype = checks.check_floating(named)
+    checks.check_one_device(named)
     if logits_real.dim() != 2 or logits_virtual.dim() != 2 or logits_real.shape[1] != logits_virtual.shape[1]:
         raise ValueError(
             f"expected [B, C] and [B', C], got {tuple(logits_real.shape)} and {tuple(logits_virtual.shape)}"
@@ -232,11 +231,11 @@ def quantile(x: Tensor, q: float | Tensor) -> Tensor:
             device is not read, and gives NaN there).
         TypeError: ``x`` or ``q`` not floating.
     """
-    dtype = _check_floating({"x": x})
+    dtype = checks.check_floating({"x": x})
     if x.numel() == 0:
         raise ValueError("x must have at least one element")
     if isinstance(q, Tensor):
-        _check_floating({"q": q})
+        checks.check_floating({"q": q})
         if q.dim() > 1:
             raise ValueError(f"q must be a float, or a 0-D or 1-D tensor, got shape {tuple(q.shape)}")
         if q.device != x.device:
@@ -244,119 +243,9 @@ def quantile(x: Tensor, q: float | Tensor) -> Tensor:
         if q.device.type == "cpu" and not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError(f"q must be in [0, 1], got {q.tolist()}")
     else:
-        _check_range("q", q, 0.0, 1.0)
+        checks.check_range("q", q, 0.0, 1.0)
     with torch.no_grad():
         return ops.quantile(x.detach().to(dtype).flatten(), q)
-
-
-# ---- checks --------------------------------------------------------------------------------------------------------
-
-
-def check_settings(
-    alpha: float,
-    beta: float,
-    percentile: float,
-    delta: float,
-    relations: str,
-    label_smoothing: float,
-    backend: str,
-) -> None:
-    """Refuse a setting of :func:`vrm_loss` that is out of its range, before any work."""
-    _check_range("alpha", alpha, 0.0, math.inf)
-    _check_range("beta", beta, 0.0, math.inf)
-    _check_range("unreliable_pruning_percentile", percentile, 0.0, 100.0)
-    _check_delta(delta)
-    _check_range("label_smoothing", label_smoothing, 0.0, 1.0)
-    if relations not in RELATIONS:
-        raise ValueError(f"relations must be one of {', '.join(map(repr, RELATIONS))}, got {relations!r}")
-    backends.check_name(backend)
-
-
-def _check_number(name: str, value: float) -> None:
-    if isinstance(value, bool | Tensor) or not (isinstance(value, int | float) or hasattr(value, "__float__")):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    _check_number(name, value)
-    # Written so that NaN fails; an infinite weight would turn a zero term into NaN.
-    if not (low <= value <= high and value < math.inf):
-        bounds = f">= {low:g} and finite" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-
-
-def _check_delta(delta: float) -> None:
-    _check_number("delta", delta)
-    if not 0 < delta < math.inf:
-        raise ValueError(f"delta must be > 0 and finite, got {delta}")
-
-
-def _check_floating(named: dict[str, Tensor]) -> torch.dtype:
-    """The dtype to compute in: what the inputs promote to, and float32 at least."""
-    dtype = torch.float32
-    for name, x in named.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating (float64, float32, bfloat16 or float16), got {x.dtype}")
-        if x.dtype not in ops.DTYPES:
-            dtypes = ", ".join(f"{other} {y.dtype}" for other, y in named.items() if isinstance(y, Tensor))
-            raise TypeError(f"dtypes that do not promote to float32 or float64: {dtypes}; convert {name} first")
-        if x.dtype == torch.float64:
-            dtype = torch.float64
-    return dtype
-
-
-def _check_one_device(named: dict[str, Tensor]) -> None:
-    device = next(iter(named.values())).device
-    for x in named.values():
-        if x.device != device:
-            places = ", ".join(f"{name} on {y.device}" for name, y in named.items())
-            raise ValueError(f"all tensors must be on one device: {places}")
-
-
-def _shapes(named: dict[str, Tensor]) -> str:
-    # Called only to refuse: a compiler takes a formatted size for a constant.
-    return ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
-
-
-def _check_logits(named: dict[str, Tensor], may_be_empty: bool) -> torch.dtype:
-    dtype = _check_floating(named)
-    _check_one_device(named)
-    shape = next(iter(named.values())).shape
-    if len(shape) != 2 or any(x.shape != shape for x in named.values()):
-        raise ValueError(f"the four logits must be 2-D [B, C] and of one shape, got {_shapes(named)}")
-    if shape[1] == 0 or (shape[0] == 0 and not may_be_empty):
-        raise ValueError(f"logits [B, C] need at least one sample and one class, got {tuple(shape)}")
-    return dtype
-
-
-def _check_labels(labels: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    b, c = logits.shape
-
-    def wanted():  # as _shapes
-        return f"[{b}] class indices or [{b}, {c}] class probabilities"
-
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, {wanted()}, got {type(labels).__name__}")
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device} and the logits on {logits.device}: put them on one device")
-    if labels.dtype.is_floating_point:
-        if labels.shape != logits.shape:
-            raise ValueError(f"floating labels are class probabilities: expected {wanted()}, got {tuple(labels.shape)}")
-        return labels.to(dtype)
-    if labels.dtype == torch.bool or labels.dtype.is_complex:
-        raise TypeError(f"labels must be {wanted()}, got dtype {labels.dtype}")
-    if labels.shape != (b,):
-        raise ValueError(f"labels must be {wanted()}, got {tuple(labels.shape)}")
-    return labels.long()
-
-
-def _check_finite(named: dict[str, Tensor]) -> None:
-    for name, x in named.items():
-        bad = int((~torch.isfinite(x)).sum())
-        if bad:
-            raise ValueError(f"{name} has {bad} non-finite values of {x.numel()}")
 
 
 def _global_group(process_group: Any) -> Any:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from vrm_kernels import checks
 from vrm_kernels import functional as VF
 
 
@@ -66,7 +67,7 @@ class VRMLoss(nn.Module):
         self.gather_distributed = gather_distributed
         self.process_group = process_group
         self.check_finite = check_finite
-        VF.check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
+        checks.check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
 
     def forward(
         self,

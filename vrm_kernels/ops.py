@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vrm_kernels import backends, pruning
+from vrm_kernels import backends
 from vrm_kernels.backends import reference
+from vrm_kernels.graph import pruning
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_DOUBLE_BACKWARD = (

@@ -170,7 +170,7 @@ Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher
   Tensor p, l;
   if (probs_a.has_value()) {
     p = probs_a->to(type);
-    l = at::add(probs_b->to(type), 1e-7).log_();
+    l = at::add(probs_b->to(type), kEntropyEps).log_();
   }
   const auto graph = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
   return graph(a.to(type), b.to(type), teacher_a.to(type), teacher_b.to(type), p, l, rank, lerp_weight, delta,

@@ -30,7 +30,7 @@ template <class T> struct SoftmaxStage {
     for (int64_t c = lane_index(); c < s.columns; c += 32) {
       const T p = exp(x.at(row, c) - top) / sum;
       if (s.probs[view] != nullptr) s.probs[view][row * s.columns + c] = p;
-      if (s.logs[view] != nullptr) s.logs[view][row * s.columns + c] = log(p + static_cast<T>(1e-7));
+      if (s.logs[view] != nullptr) s.logs[view][row * s.columns + c] = log(p + static_cast<T>(kEntropyEps));
     }
   }
 };

@@ -7,7 +7,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from vrm_kernels.distill.engine import distillation_loss
+from vrm_distill.engine import distillation_loss
 from vrm_kernels.loss import VRMLoss
 
 

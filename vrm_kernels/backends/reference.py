@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm_kernels import pruning, selection
-
-RELATION_EPS = 1e-7
-COUNT_EPS = 1e-7
+from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph.constants import COUNT_EPS, RELATION_EPS
 
 
 def relations(a: Tensor, b: Tensor, exclude_self: bool = False) -> Tensor:
@@ -76,7 +74,7 @@ def share_mask(a: Tensor, b: Tensor, entropy: Tensor | None, threshold, exclude_
 def relation_share(
     a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
 ) -> Tensor:
-    """The contract is written out in :mod:`vrm_kernels.distributed`."""
+    """The contract is written out in :mod:`vrm_kernels.distributed.loss`."""
     mask = share_mask(a, b, entropy, threshold, exclude_self)
     with torch.enable_grad():
         student = [x.detach().requires_grad_() for x in (a, b)]

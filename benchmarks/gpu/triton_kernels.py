@@ -1,0 +1,277 @@
+"""What the Triton kernels compile to: registers, spills and shared memory of each, for GPUs that are not here.
+
+``python -m benchmarks.gpu.triton_kernels`` prints the table; ``--write`` puts it into docs/triton.md. The kernels and
+their meta-parameters are those of real calls, recorded on tensors without data instead of being launched.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from benchmarks.report.table import rewrite
+from vrm_kernels.backends.triton import backend as triton_backend
+from vrm_kernels.backends.triton import blocks, fused, large, plan, prepare, select
+from vrm_kernels.graph import selection
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "triton.md"
+BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
+MODULES = (prepare, select, fused, blocks)
+POINTERS = {
+    torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for. ``shared`` is what one block may have of shared memory, bytes."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int
+
+    @property
+    def gpu(self) -> GPUTarget:
+        return GPUTarget(self.backend, self.arch, self.warp)
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 * 1024),
+    Target("sm_90", "cuda", 90, 32, 227 * 1024),
+    Target("sm_100", "cuda", 100, 32, 227 * 1024),
+    Target("gfx942", "hip", "gfx942", 64, 64 * 1024),
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the backend, whose launches are compiled."""
+
+    batch: int
+    classes: int
+    dtype: torch.dtype
+    percentile: float = 30.0
+    complete: bool = False
+    need_grad: bool = True
+    tf32: bool = False
+    relation: bool = False
+    share: bool = False
+
+
+CALLS = (
+    Call(64, 100, torch.float32),
+    Call(512, 200, torch.float32, tf32=True),
+    Call(64, 100, torch.bfloat16),
+    Call(64, 100, torch.float32, 100.0, complete=True),
+    Call(64, 100, torch.float32, complete=True, need_grad=False),
+    Call(64, 100, torch.float32, relation=True),
+    Call(1024, 1000, torch.float32),
+    Call(1024, 1000, torch.float32, 100.0, complete=True, tf32=True),
+    Call(4096, 1000, torch.bfloat16),
+    Call(1024, 1000, torch.float16),
+    Call(65536, 1000, torch.bfloat16),
+    Call(256, 100, torch.float64),
+    Call(64, 100, torch.float32, share=True),
+    Call(64, 100, torch.float32, 100.0, complete=True, share=True),
+    Call(2048, 1000, torch.float32, share=True),
+    Call(2048, 1000, torch.float32, 100.0, complete=True, share=True, tf32=True),
+    Call(256, 100, torch.float64, share=True),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it is compiled: everything but the values of its arguments."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    divisible: tuple[int, ...]  # arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def label(self) -> str:
+        """The kernel and those of its constants that tell its variants apart."""
+        dtype = next((kind for _, kind in self.signature if kind in ("*fp64", "*bf16", "*fp16")), "*fp32")
+        flags = [name for name, value in self.constants if value is True]
+        numbers = [f"{n}={v}" for n, v in self.constants if n in ("PASS", "TERMS", "PRECISION", "GRAPHS")]
+        return " ".join([self.kernel.removesuffix("_kernel"), dtype[1:], *numbers, *flags])
+
+
+@dataclass(frozen=True)
+class Resources:
+    """``registers`` of a thread (vector ones on AMD), ``spilled`` bytes of its stack, ``shared`` bytes of a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
+    """The different launches of ``calls``, in their order."""
+    launches: dict[Launch, None] = {}
+
+    def record(kernel, *args, grid, warmup, **options):
+        launches[_launch(kernel, args, options)] = None
+
+    before = torch.get_float32_matmul_precision()
+    patches = (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(large, "product", lambda x, y, out: None),
+        mock.patch.object(plan, "on_nvidia", lambda device: nvidia),
+    )
+    try:
+        with contextlib.ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            for call in calls:
+                torch.set_float32_matmul_precision("high" if call.tf32 else "highest")
+                _make(call)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return list(launches)
+
+
+def _make(call: Call) -> None:
+    logits = [torch.empty(call.batch, call.classes, dtype=call.dtype, device="meta") for _ in range(4)]
+    if call.share:
+        _make_share(call, *logits)
+    elif call.relation:
+        probs = tuple(torch.empty(call.batch, 10, device="meta") for _ in range(2))
+        triton_backend.relation_graph(*logits, probs, call.percentile, 1.0, False, call.need_grad)
+    else:
+        triton_backend.vrm_graphs(*logits, 16.0, 8.0, call.percentile, 1.0, call.complete, call.need_grad)
+
+
+def _make_share(call: Call, a, b, teacher_a, teacher_b) -> None:
+    """What a process of two does for the graph over samples: the first half of them, with all."""
+    own = slice(call.batch // 2)
+    entropy = None
+    if call.percentile < 100:
+        entropy = triton_backend.entropy_of_logs(a[own], b)
+        shift = 8 * call.dtype.itemsize
+        for bits in selection.NARROW_DIGITS[call.dtype.itemsize]:
+            shift -= bits
+            triton_backend.count_digits(entropy, torch.empty(2, dtype=torch.int64, device="meta"), shift, bits)
+    numbers = (torch.empty((), dtype=dtype, device="meta") for dtype in (call.dtype, torch.int64))
+    grads = [torch.empty_like(x) for x in (a[own], b)] if call.need_grad else ()
+    sides = a[own], b, teacher_a[own], teacher_b
+    triton_backend.relation_share(*sides, None, entropy, *numbers, call.batch**2, 16.0, 1.0, call.complete, grads)
+
+
+def _launch(kernel: JITFunction, args: tuple, options: dict) -> Launch:
+    """What Triton would specialise the kernel to: dtypes, 64-bit integers, ones, and multiples of 16."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    signature, constants, divisible = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        kind = "constexpr"
+        if isinstance(value, torch.Tensor):
+            kind = POINTERS[value.dtype]
+            divisible.append(index)
+        elif parameter.is_constexpr:
+            constants.append((parameter.name, value))
+        elif isinstance(value, float):
+            kind = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            constants.append((parameter.name, 1))
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(index)
+        signature.append((parameter.name, kind))
+    return Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
+
+
+def compile_launch(launch: Launch, target: Target) -> Resources:
+    kernel = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
+    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+    compiled = triton.compile(source, target=target.gpu, options=dict(launch.options))
+    used = _of_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
+    return Resources(*used, compiled.metadata.shared)
+
+
+def _of_cubin(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _of_amdgcn(text: str) -> tuple[int, int]:
+    found = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
+    return found["vgpr_count"], 4 * found["vgpr_spill_count"]
+
+
+def compile_all(targets=TARGETS, workers: int = 2) -> Iterator[tuple[Launch, Target, Resources]]:
+    """Every launch for every target, compiled in ``workers`` processes."""
+    jobs = [(launch, target) for target in targets for launch in recorded(nvidia=target.backend == "cuda")]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for (launch, target), resources in zip(jobs, pool.map(compile_launch, *zip(*jobs, strict=True)), strict=True):
+            yield launch, target, resources
+
+
+def table(rows: list[tuple[Launch, Target, Resources]]) -> str:
+    """Of each kernel and target the variant with the most registers, the most spills and the most shared memory."""
+    lines = [
+        f"Triton {triton.__version__}. Registers a thread / bytes spilled a thread / bytes of shared memory a block, "
+        "the largest of each over the variants.",
+        "",
+        "| kernel | variants | " + " | ".join(target.name for target in TARGETS) + " |",
+        "|---|---:|" + "---:|" * len(TARGETS),
+    ]
+    for kernel in dict.fromkeys(launch.kernel for launch, _, _ in rows):
+        cells = []
+        for target in TARGETS:
+            mine = [r for launch, t, r in rows if t == target and launch.kernel == kernel]
+            worst = [str(max((getattr(r, k) for r in mine), default="")) for k in ("registers", "spilled", "shared")]
+            cells.append(" / ".join(worst) if mine else "not used")
+        variants = len([1 for launch, t, _ in rows if t == TARGETS[0] and launch.kernel == kernel])
+        lines.append(f"| `{kernel.removesuffix('_kernel')}` | {variants} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.triton_kernels", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/triton.md")
+    parser.add_argument("--all", action="store_true", help="print every variant")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    rows = []
+    for launch, target, resources in compile_all(workers=args.workers):
+        rows.append((launch, target, resources))
+        if args.all:
+            print(
+                f"{target.name:8}{resources.registers:5}{resources.spilled:6}{resources.shared:8}  {launch.label}",
+                flush=True,
+            )
+    text = table(rows)
+    print(text)
+    if args.write:
+        rewrite(DOCUMENT, text, BEGIN, END)
+
+
+if __name__ == "__main__":
+    main()

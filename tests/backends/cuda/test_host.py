@@ -1,0 +1,430 @@
+"""Every kernel of the `cuda` backend run on the host, thread by thread, and put through the parity suite.
+
+tests/backends/cuda/shim checks each access to memory on the way: bounds, initialisation, races between barriers. The
+order in which threads and blocks run is shuffled. What is imported below runs here again, in this backend's forms.
+"""
+
+import ctypes
+import itertools
+import shutil
+import sys
+import types
+
+import cuda_host
+import pytest
+import torch
+from cuda_resources import STEPS
+from helpers import FLOOR, MODES, NEAR_CONVERGENCE_FLOOR, Case, assert_parity, evaluate, inputs, make_logits
+from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
+from test_extremes import (  # noqa: F401
+    test_a_student_that_equals_its_teacher_up_to_a_factor_has_no_loss,
+    test_near_zero_differences_feel_the_eps,
+    test_parity_near_convergence,
+    test_parity_of_a_collapsed_student,
+    test_parity_of_a_student_opposite_to_its_teacher,
+    test_parity_of_huge_and_tiny_logits_unpruned,
+    test_parity_of_huge_and_tiny_vectors_pruned,
+    test_parity_of_saturated_logits_pruned,
+    test_parity_with_duplicated_rows,
+    test_parity_with_exact_ties,
+)
+from test_inputs import (  # noqa: F401
+    test_each_input_may_have_its_own_layout,
+    test_expanded_inputs,
+    test_inputs_are_left_as_they_were,
+    test_mixed_dtypes_compute_in_what_they_promote_to,
+    test_parity_over_layouts,
+)
+from test_mask import (  # noqa: F401
+    test_kept_counts_are_the_references_in_every_dtype,
+    test_percentiles_next_to_the_ends,
+    test_the_kept_edges_are_the_references_one_by_one,
+)
+from test_nan import BAD, poisoned, test_no_finite_tensor_at_all  # noqa: F401
+from test_operators import (  # noqa: F401
+    test_opcheck_on_strided_logits,
+    test_opcheck_vrm_graphs_of_one_row_or_column,
+    test_the_operator_is_what_eager_mode_computes,
+    test_without_gradients_none_are_computed,
+)
+from test_settings import (  # noqa: F401
+    test_parity_over_deltas,
+    test_parity_over_percentiles,
+    test_parity_over_weights,
+)
+
+import vrm_kernels
+import vrm_kernels.functional as VF
+from vrm_kernels import backends
+from vrm_kernels.backends import reference
+from vrm_kernels.distributed import shares as share_module
+from vrm_kernels.graph import pruning, selection
+
+# Tiles as small as they get, so that small graphs have many, and border on every side.
+FORMS = {
+    "one_launch": ("one_launch", 32, 0),
+    "tiles": ("tiles", 32, 0),
+    "launches": ("launches", 32, 0),
+    "tiles, entropies stored": ("tiles", 64, 1 << 20),
+}
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ here to compile the CUDA sources for the host with")
+    if backends.REGISTRY["cuda"].status()[0]:
+        pytest.skip("the CUDA extension is usable here: test_device.py runs the kernels on the device")
+    library = cuda_host.load()
+    monkeypatch.setitem(backends.REGISTRY, cuda_host.NAME, cuda_host.backend())
+    library.cuda_shim_set_order(1)
+    # The emulation has one thread and torch's products here are tiny: where cores are few, waiting for torch's other
+    # threads takes longer than the work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield library
+    torch.set_num_threads(threads)
+    library.cuda_shim_set_checks(1)
+
+
+def set_form(monkeypatch, form):
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+
+    monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.Tuning(*FORMS[form]))
+
+
+# Of the imported tests, those about what the forms have in common run in the faster one alone.
+IN_ONE_FORM = {
+    "test_parity_over_percentiles",
+    "test_parity_over_layouts",
+    "test_mixed_dtypes_compute_in_what_they_promote_to",
+    "test_inputs_are_left_as_they_were",
+    "test_opcheck_on_strided_logits",
+    "test_opcheck_vrm_graphs_of_one_row_or_column",
+    "test_the_operator_is_what_eager_mode_computes",
+    "test_without_gradients_none_are_computed",
+    "test_kept_counts_are_the_references_in_every_dtype",
+}
+
+
+def pytest_generate_tests(metafunc):
+    """The imported tests take their fixture ``backend`` or ``any_backend`` from here."""
+    forms = ["tiles"] if metafunc.function.__name__ in IN_ONE_FORM else ["tiles", "one_launch"]
+    for name in {"backend", "any_backend"} & set(metafunc.fixturenames):
+        metafunc.parametrize(name, forms, indirect=True)
+
+
+def _backend_in_form(host, monkeypatch, request):
+    """One form goes unchecked here, to save minutes: the tests below check all of them."""
+    set_form(monkeypatch, request.param)
+    host.cuda_shim_set_checks(request.param == "tiles")
+    return cuda_host.NAME
+
+
+@pytest.fixture
+def backend(host, monkeypatch, request):
+    return _backend_in_form(host, monkeypatch, request)
+
+
+@pytest.fixture
+def any_backend(host, monkeypatch, request):
+    return _backend_in_form(host, monkeypatch, request)
+
+
+# ---- shapes, forms and kernels ---------------------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (33, 17), (20, 66)]
+
+
+@FLOATS
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("form", FORMS)
+def test_parity_over_shapes_in_every_form(host, monkeypatch, form, shape, relations, dtype):
+    set_form(monkeypatch, form)
+    assert_parity(cuda_host.NAME, Case(shape, relations=relations), dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((33, 17), percentile=100.0, relations="complete", seed=10),
+        Case((20, 70), kind="opposite", seed=30),
+        Case((70, 20), kind="converged:1e-2", percentile=50.0, seed=40),
+        Case((41, 23), kind="collapsed", percentile=100.0),
+        Case((40, 61), percentile=0.0, delta=0.05, seed=60),
+        Case((9, 40), kind="opposite", relations="complete", percentile=100.0),
+    ],
+    ids=lambda case: f"{case.shape}-{case.kind}-{case.relations}",
+)
+def test_parity_in_every_form(host, monkeypatch, form, case):
+    set_form(monkeypatch, form)
+    floors = NEAR_CONVERGENCE_FLOOR if case.kind.startswith("converged") else FLOOR
+    for dtype in (torch.float32, torch.float64):
+        assert_parity(cuda_host.NAME, case, dtype, floors=floors)
+
+
+def test_small_graphs_take_one_launch_and_large_ones_tiles(host):
+    """The default, by sizes: 1100 x 1000 edges are more than one kernel is given, and so is a block's share of a few
+    edges of many dimensions. One edge is kept."""
+    host.cuda_shim_set_checks(0)
+    for m, n, dims, one in [(8, 6, 4, True), (1100, 1000, 4, False), (8, 6, 4096, True), (8, 6, 4097, False)]:
+        a, b, teacher_a, teacher_b = (torch.randn(k, dims) for k in (m, n) * 2)
+        p, q = (torch.randn(k, 4) for k in (m, n))
+        host.cuda_shim_forget_kernels()
+        settings = {"probs": (p.softmax(1), q.softmax(1)), "percentile": 0.0, "backend": cuda_host.NAME}
+        assert VF.relation_loss(a, b, teacher_a, teacher_b, **settings).isfinite()
+        names = cuda_host.kernels_run(host)
+        assert (len(names) == 1 and "one_launch_kernel<float>" in names.pop()) == one
+
+
+def test_every_kernel_is_run(host, monkeypatch):
+    host.cuda_shim_forget_kernels()
+    for form, dtype in itertools.product(FORMS, (torch.float32, torch.float64)):
+        set_form(monkeypatch, form)
+        evaluate(cuda_host.NAME, make_logits(Case((9, 6)), dtype, seed=0))
+    names = cuda_host.kernels_run(host)
+    for scalar in ("float", "double"):
+        for k, step in enumerate(STEPS):
+            assert any(f"step_kernel<{scalar}, (vrm::cuda::Step){k}>" in name for name in names), (step, scalar, names)
+        assert any(f"one_launch_kernel<{scalar}>" in name for name in names)
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", [0.0, 100.0])
+@pytest.mark.parametrize("form", ["one_launch", "tiles"])
+def test_one_element_poisons_loss_and_gradients(host, monkeypatch, form, percentile, relations):
+    """At percentile 0 one edge is kept in each graph: nearly every element has all its edges pruned."""
+    set_form(monkeypatch, form)
+    logits = make_logits(Case((4, 3)), torch.float32, seed=0)
+    settings = {"unreliable_pruning_percentile": percentile, "relations": relations}
+    assert evaluate(cuda_host.NAME, logits, **settings).loss.isfinite()
+    for tensor, (value, index) in itertools.product(range(4), zip(BAD, (0, 5, 11), strict=True)):
+        result = evaluate(cuda_host.NAME, poisoned(logits, tensor, index, value), **settings)
+        assert result.loss.isnan() and all(grad.isnan().all() for grad in result.grads)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_sides_of_one_vertex_set_get_their_gradients(host, monkeypatch, form):
+    """The contract's exclude_self: one set on both sides, whose two gradients the caller adds."""
+    set_form(monkeypatch, form)
+    x, teacher = torch.randn(2, 35, 6, dtype=torch.float64)
+    probs = torch.randn(35, 4, dtype=torch.float64).softmax(1)
+    sides = [x.clone().requires_grad_() for _ in range(2)]
+    expected, kept = reference.relation_graph(*sides, teacher, teacher, (probs, probs), 30.0, 1.0, True)
+    module = backends.REGISTRY[cuda_host.NAME].load()
+    loss, count, *grads = module.relation_graph(x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True, True)
+    assert int(count) == int(kept)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    for grad, wanted in zip(grads, torch.autograd.grad(expected, sides), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+
+
+@FLOATS
+def test_one_vertex_on_both_sides_has_no_edges(host, dtype):
+    x, teacher, probs = torch.randn(1, 6, dtype=dtype), torch.randn(1, 6, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    arguments = (x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True)
+    expected, kept = reference.relation_graph(*arguments)
+    loss, count, *grads = backends.REGISTRY[cuda_host.NAME].load().relation_graph(*arguments, True)
+    assert float(loss) == float(expected) == 0 and int(count) == int(kept) == 0
+    assert all(torch.equal(grad, torch.zeros_like(x)) for grad in grads)
+
+
+def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatch):
+    """A GPU older than the targets: "auto" must go on to the next backend instead of failing at the first launch."""
+    from vrm_kernels.backends import cuda
+
+    monkeypatch.setitem(sys.modules, "vrm_kernels._cuda_report", types.SimpleNamespace(REASON=""))
+    monkeypatch.setattr(vrm_kernels, "_cuda_report", sys.modules["vrm_kernels._cuda_report"], raising=False)
+    monkeypatch.setitem(sys.modules, "vrm_kernels._cuda", types.ModuleType("vrm_kernels._cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    status = cuda._load.__wrapped__
+    assert status()[0]
+    host.cuda_shim_set_known_device(0)
+    try:
+        usable, note = status()
+    finally:
+        host.cuda_shim_set_known_device(1)
+    assert not usable and "not built for Old GPU" in note and "TORCH_CUDA_ARCH_LIST=7.0" in note
+
+
+@pytest.mark.parametrize(
+    ("own", "forms"), [(False, ["one_launch", "launches", "tiles"]), (True, ["one_launch", "launches"])]
+)
+def test_what_the_sanitizer_watches_takes_the_forms_it_says(host, monkeypatch, own, forms):
+    """benchmarks/gpu/sanitize.py, which a GPU is needed to run as it is."""
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+
+    sanitize = pytest.importorskip("benchmarks.gpu.sanitize")
+    host.cuda_shim_set_checks(0)
+    monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.TUNING)
+    taken, results = [], []
+    for name, take in sanitize.paths("cuda", own):
+        take()
+        torch.manual_seed(0)
+        host.cuda_shim_forget_kernels()
+        results.append(list(sanitize.losses(cuda_host.NAME, "cpu")))
+        one = any("one_launch_kernel" in kernel for kernel in cuda_host.kernels_run(host))
+        assert one == (name == "one_launch") and cuda_backend.TUNING.form == name
+        taken.append(name)
+    assert taken == forms
+    for first, other in itertools.product(results[:1], results[1:]):
+        for (_, *wanted), (_, *got) in zip(first, other, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4) and all(x > 0 for x in got)
+
+
+# ---- order, races, the same bits -------------------------------------------------------------------------------------
+
+
+@FLOATS
+@pytest.mark.parametrize("form", FORMS)
+def test_the_order_of_threads_changes_no_bit(host, monkeypatch, form, dtype):
+    set_form(monkeypatch, form)
+    logits = make_logits(Case((40, 37), kind="opposite"), dtype, seed=0)
+    host.cuda_shim_set_order(0)
+    plain = evaluate(cuda_host.NAME, logits, relations="complete")
+    for seed in (2, 3):
+        host.cuda_shim_set_order(seed)
+        other = evaluate(cuda_host.NAME, logits, relations="complete")
+        assert torch.equal(plain.loss, other.loss) and plain.kept == other.kept
+        assert all(map(torch.equal, plain.grads, other.grads))
+
+
+FAULTS = {  # see planted.cu
+    1: "race: read after another thread's write|memory that nothing has written",
+    2: "write of 4 bytes outside of every array",
+    3: "write of 4 bytes outside of every array",
+    4: "read of memory that nothing has written",
+    5: "deadlock|race|memory that nothing has written",
+    6: "race: .* after another thread's",
+    7: "race|memory that nothing has written",
+    8: "part of a warp",
+    9: "read of 4 bytes outside of every array",
+    10: "race: write after another thread's read|race: read after another thread's write",
+    11: "1 words of the outputs were not written",
+    12: "race: (read|write) after another thread's (write|read)",
+    13: "race: write after another thread's write|memory that nothing has written",
+    14: "race: write after another thread's read|race: read after another thread's write",
+}
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("fault", [0, *FAULTS])
+def test_the_emulation_finds_planted_faults(host, fault, order):
+    import re
+
+    x, message = (ctypes.c_float * 64)(), ctypes.create_string_buffer(256)
+    host.cuda_shim_set_order(order)
+    failed = host.cuda_shim_planted(fault, x, message)
+    if fault == 0:
+        assert not failed, message.value
+        assert list(x) == [62.0 + 3, 63.0 + 64, *(63.0 - (k ^ 1) for k in range(2, 64))]
+        return
+    found = message.value.decode()
+    assert failed and re.search(FAULTS[fault], found), found
+    assert fault == 11 or ("planted::" in found and "thread" in found)
+
+
+def test_a_fault_reaches_the_caller(host, monkeypatch):
+    """An output smaller than the kernels believe: the launch raises, and the next call is sound again."""
+    set_form(monkeypatch, "launches")
+    logits = [x.requires_grad_(k < 2) for k, x in enumerate(make_logits(Case((9, 6)), torch.float32, seed=0))]
+    arguments = (1.0, 1.0, [3, 3], [0.0, 0.0], False, 1.0, False, True, *FORMS["launches"])
+    torch.ops.vrm_kernels.cuda_vrm_graphs(*logits, *arguments)
+    short = [*logits[:3], logits[3].detach()[:, :5]]  # refused by the public functions, long before
+    with pytest.raises(RuntimeError, match=r"cuda_shim: read of 4 bytes outside of every array.*step_kernel<float"):
+        torch.ops.vrm_kernels.cuda_vrm_graphs(*short, *arguments)
+    torch.ops.vrm_kernels.cuda_vrm_graphs(*logits, *arguments)
+
+
+def test_an_unknown_form_is_refused(host, monkeypatch):
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+
+    logits = inputs(Case((9, 6)), torch.float32)
+    monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.Tuning(form="sideways"))
+    with pytest.raises(ValueError, match="'auto', 'one_launch', 'launches' or 'tiles', not 'sideways'"):
+        evaluate(cuda_host.NAME, logits)
+    monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.Tuning(tile_edge=0))
+    with pytest.raises(ValueError, match="must be positive, not 0"):
+        evaluate(cuda_host.NAME, logits)
+
+
+@FLOATS
+def test_the_kept_edges_are_those_below_torchs_quantile(host, dtype):
+    """Entropies that are given values: with one class and P = 1, H = -log(P' + 1e-7)."""
+    q = torch.cat([torch.rand(400), torch.rand(50).round(), torch.zeros(30), 1e-7 * torch.rand(20)]).to(dtype)
+    n, ones, x = q.numel(), torch.ones(1, 1, dtype=dtype), torch.randn(530, 1, dtype=dtype)[: q.numel()]
+    entropy = -pruning.log_probs(q)
+    for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9):
+        rank, weight = pruning.rank(percentile / 100, n, dtype)
+        expected = entropy <= torch.quantile(entropy, torch.tensor(percentile / 100, dtype=dtype))
+        *_, kept = torch.ops.vrm_kernels.cuda_relation_graph(
+            ones, x, ones, x, ones, q[:, None], rank, weight, 1.0, False, False, *FORMS["tiles"]
+        )
+        assert int(kept) == int(expected.sum())
+
+
+def test_a_device_that_the_binary_was_built_for_is_not_refused(module):
+    assert torch.ops.vrm_kernels.cuda_refusal() == ""
+
+
+# ---- shares of a graph, for several processes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(host, monkeypatch):
+    set_form(monkeypatch, "tiles")
+    return backends.REGISTRY[cuda_host.NAME].load()
+
+
+@FLOATS
+def test_counts_of_digits_are_torchs(module, dtype):
+    check_counts(module, dtype)
+
+
+@FLOATS
+def test_opcheck_operators_of_a_share(module, dtype):
+    op = torch.ops.vrm_kernels
+    a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
+    entropy = module.entropy_of_logs(a.softmax(1), b.log_softmax(1))
+    shift = 8 * dtype.itemsize
+    for bits in (11, 11):
+        shift -= bits
+        torch.library.opcheck(op.cuda_count_digits, (entropy, torch.tensor([0, -3]), shift, bits))
+    numbers = torch.tensor(1.5, dtype=dtype), torch.tensor(7)
+    for need_grad, given in itertools.product((False, True), (entropy, None)):
+        grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a, b)]
+        arguments = (a, b, teacher_a, teacher_b, given, *grads, *numbers, 2.0, 1.0, given is None, need_grad, 32)
+        torch.library.opcheck(op.cuda_relation_share, arguments)
+
+
+def test_digits_that_no_pass_counts_are_refused(module):
+    with pytest.raises(ValueError, match="no pass of a selection of Float counts 11 bits from bit 20"):
+        module.count_digits(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), 20, 11)
+
+
+@FLOATS
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("percentile", [0.0, 30.0, 100.0])
+def test_shares_add_up_to_the_whole_graph(module, percentile, exclude_self, dtype):
+    check_shares(module, dtype, percentile=percentile, exclude_self=exclude_self, sizes=(17, 24))
+
+
+def test_shares_of_literal_edges(module):
+    check_shares(module, torch.float32, kind="opposite", sizes=(33, 2))
+
+
+@pytest.mark.parametrize("relations", MODES)
+def test_a_group_of_one_process(module, relations, monkeypatch):
+    """Entropies stored, and computed again a few rows at a time, with digits as on a GPU and wider."""
+    case = Case((12, 7), relations=relations)
+    with group_of_one():
+        check_group_of_one(cuda_host.NAME, case, torch.float32)
+        monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES", 256)
+        check_group_of_one(cuda_host.NAME, case, torch.float32)
+        monkeypatch.setattr(selection, "WIDE_DIGITS", selection.NARROW_DIGITS)
+        check_group_of_one(cuda_host.NAME, case, torch.float64)

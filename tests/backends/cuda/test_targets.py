@@ -1,0 +1,112 @@
+"""nvcc compiles every kernel of the `cuda` backend for every target, without a warning and within stated resources."""
+
+import re
+import shutil
+
+import cuda_resources
+import pytest
+from cuda_resources import DEFAULT_TARGETS, DTYPES, STEPS, Resources
+
+needs_nvcc = pytest.mark.skipif(cuda_resources.NVCC is None, reason="no nvcc here")
+
+
+@pytest.fixture(scope="module")
+def resources():
+    return cuda_resources.compile_all()
+
+
+@needs_nvcc
+def test_every_kernel_is_compiled_for_every_target(resources):
+    kernels = {(r.kernel, r.dtype, r.target) for r in resources}
+    names = [*STEPS, "one_launch"]
+    assert kernels == {(name, dtype, t) for name in names for dtype in DTYPES.values() for t in DEFAULT_TARGETS}
+    assert len(resources) == len(kernels)
+
+
+@needs_nvcc
+def test_resources_are_within_their_allowances(resources):
+    assert not over_allowance(resources)
+
+
+def most_registers(r):
+    if r.kernel == "one_launch":
+        return cuda_resources.MOST_REGISTERS_OF_ONE_LAUNCH
+    return cuda_resources.MOST_REGISTERS[r.dtype]
+
+
+def over_allowance(resources):
+    return [
+        r
+        for r in resources
+        if r.registers > most_registers(r)
+        or r.spills > cuda_resources.MOST_SPILLS
+        or r.stack > cuda_resources.MOST_STACK
+        or r.shared != 0  # all of it is given at launch, and bounded by a static_assert
+    ]
+
+
+def test_the_allowances_can_be_exceeded():
+    sound = Resources("weigh", "float32", 90, 128, 0, 0, 0)
+    assert not over_allowance([sound])
+    for fault in ({"registers": 129}, {"spills": 8}, {"stack": 16}, {"shared": 1024}):
+        assert over_allowance([sound._replace(**fault)])
+    assert not over_allowance([sound._replace(kernel="one_launch", registers=200)])
+
+
+@needs_nvcc
+def test_a_warning_is_an_error(tmp_path, monkeypatch):
+    source = tmp_path / "unused.cu"
+    source.write_text("__global__ void kernel() { int unused; }\n")
+    monkeypatch.setattr(cuda_resources, "SOURCE", source)
+    with pytest.raises(RuntimeError, match="unused"):
+        cuda_resources.compile_all()
+
+
+@needs_nvcc
+def test_the_table_in_the_docs_is_of_these_kernels(resources):
+    """Register counts differ between versions of nvcc; which kernels there are does not."""
+    page = (cuda_resources.ROOT / "docs" / "cuda.md").read_text()
+    made = page[page.index(cuda_resources.BEGIN) : page.index(cuda_resources.END)]
+    rows = re.findall(r"^\| (\w+) \| (float\d+) \|", made, re.MULTILINE)
+    assert rows == re.findall(r"^\| (\w+) \| (float\d+) \|", cuda_resources.table(resources), re.MULTILINE)
+    if cuda_resources.version() in made:
+        assert cuda_resources.table(resources) in made, "run: python tests/support/cuda_resources.py"
+
+
+def test_device_code_keeps_to_what_windows_has():
+    """There the macros NAN and INFINITY may be functions of the host, and M_PI and its kin are not defined."""
+    sources = [p for p in cuda_resources.SOURCE.parent.iterdir() if p.suffix in (".cu", ".cuh", ".h")]
+    found = {
+        p.name: re.findall(r"\b(?:NAN|INFINITY|HUGE_VAL|M_\w+|__builtin_\w+)\b(?=[;,) ])", code(p)) for p in sources
+    }
+    assert len(sources) > 5 and not any(found.values()), found
+
+
+def code(path):
+    return re.sub(r"//.*", "", path.read_text())
+
+
+def test_the_binding_fits_torchs_own_headers(tmp_path):
+    """Not compiled against a CUDA build of torch here, but what there is of its headers is read: the syntax and the
+    names hold. (test_host.py compiles and runs it with the host's stand-ins for guard and stream.)"""
+    import subprocess
+    import sysconfig
+
+    from torch.utils import cpp_extension
+
+    compiler = shutil.which("g++")
+    if cuda_resources.NVCC is None or compiler is None:
+        pytest.skip("no nvcc or no g++ here")
+    toolkit = subprocess.run([cuda_resources.NVCC, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    toolkit = re.search(r"INCLUDES=\"-I([^\"]+)\"", toolkit).group(1)
+    macros = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"  # generated; only CUDA builds of torch ship it
+    macros.parent.mkdir(parents=True)
+    macros.write_text("#pragma once\n")
+    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include"), toolkit, str(tmp_path)]
+    source = cuda_resources.SOURCE.with_name("binding.cpp")
+    done = subprocess.run(
+        [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", *(f"-isystem{p}" for p in includes), source],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,78 @@
+"""The registry: what is there, what it says of itself, and that the compiled backend is there where it can be."""
+
+import importlib
+import shutil
+
+import pytest
+import torch
+
+from vrm_kernels import backends
+from vrm_kernels.backends import cpp
+
+COMPILERS = ("c++", "g++", "clang++")
+
+
+def test_the_compiled_backend_is_usable_where_it_can_be_built():
+    """Never a skip where it counts: with a compiler and ninja on the machine, a missing extension is a failure."""
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    ninja = importlib.util.find_spec("ninja") is not None or shutil.which("ninja")
+    usable, note = backends.REGISTRY["cpp"].status()
+    if not (compiler and ninja):
+        assert usable or "build" in note  # built elsewhere, or says what to do
+        pytest.skip(f"no C++ compiler or no ninja here: {note}")
+    assert usable, f"{compiler} is here but the extension is not: run 'make build'\n{backends.describe()}"
+    assert backends.resolve("auto", torch.device("cpu")) == "cpp"
+
+
+def test_describe_is_a_table_of_every_backend():
+    lines = backends.describe().splitlines()
+    assert lines[0].split() == ["backend", "devices", "dtypes", "usable", "note"]
+    rows = {line.split()[0]: line for line in lines[1:-1]}
+    assert list(rows) == list(backends.REGISTRY)
+    for name, row in rows.items():
+        usable, note = backends.REGISTRY[name].status()
+        assert note and row.endswith(note)
+        assert f"  {'yes' if usable else 'no'} " in row
+    assert lines[-1].startswith(f"auto: the first of {', '.join(backends.AUTO_ORDER)}")
+    positions = {line.index(word) for line, word in zip(lines[:2], ("usable", "yes"), strict=True)}
+    assert len(positions) == 1  # columns line up
+
+
+@pytest.mark.parametrize("name", list(backends.REGISTRY))
+def test_a_registered_backend_has_its_contract(name):
+    backend = backends.REGISTRY[name]
+    assert backend.name == name and backend.dtypes
+    if backend.status()[0]:
+        assert callable(backend.load().relation_graph)
+
+
+@pytest.mark.parametrize("name", [name for name, backend in backends.REGISTRY.items() if not backend.devices])
+def test_pure_pytorch_backends_are_usable_everywhere(name):
+    assert backends.REGISTRY[name].status()[0]
+    assert backends.resolve(name, torch.device("cuda")) == name
+
+
+def test_auto_without_the_extension_is_torch(monkeypatch):
+    import dataclasses
+
+    missing = dataclasses.replace(backends.REGISTRY["cpp"], status=lambda: (False, "not built"))
+    monkeypatch.setitem(backends.REGISTRY, "cpp", missing)
+    assert backends.resolve("auto", torch.device("cpu")) == "torch"
+    on_a_gpu = "triton" if backends.REGISTRY["triton"].status()[0] else "torch"
+    assert backends.resolve("auto", torch.device("cuda")) == on_a_gpu
+    assert "no" in next(line for line in backends.describe().splitlines() if line.startswith("cpp")).split()
+
+
+def test_a_missing_extension_says_why(monkeypatch):
+    """The reason the build left behind, or what to run, and the import's own words."""
+    monkeypatch.setattr(cpp.importlib, "import_module", _refuse)
+    cpp._load.cache_clear()
+    try:
+        usable, note = cpp.status()
+    finally:
+        cpp._load.cache_clear()
+    assert not usable and "no such symbol" in note and len(note) > len("(no such symbol)") + 10
+
+
+def _refuse(name):
+    raise ImportError("no such symbol")

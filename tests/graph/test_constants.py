@@ -1,0 +1,15 @@
+"""The constants that two languages need have one value."""
+
+import re
+from pathlib import Path
+
+from vrm_kernels.graph import constants
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_edge_h_repeats_the_constants():
+    text = (ROOT / "csrc" / "edge.h").read_text()
+    names = {"kRelationEps": "RELATION_EPS", "kEntropyEps": "ENTROPY_EPS", "kCountEps": "COUNT_EPS"}
+    values = {name: float(re.search(rf"constexpr double {name} = ([^;]+);", text)[1]) for name in names}
+    assert values == {name: getattr(constants, other) for name, other in names.items()}

@@ -1,0 +1,108 @@
+"""Which edges count: exactly the reference's away from the threshold; at it, flips counted and bounded."""
+
+import pytest
+import torch
+from helpers import (
+    MODES,
+    Case,
+    evaluate,
+    evaluate_relation,
+    inputs,
+    make_logits,
+    relative_error,
+    settings_of,
+)
+
+from vrm_kernels import ops
+from vrm_kernels.backends import reference
+from vrm_kernels.graph import pruning
+
+PERCENTILES = [0.0, 1.0, 30.0, 50.0, 99.0, 100.0]
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", PERCENTILES)
+def test_kept_counts_are_the_references_in_every_dtype(backend, percentile, relations):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        case = Case((23, 19), percentile=percentile, relations=relations, seed=900)
+        logits = inputs(case, dtype)
+        oracle = evaluate("reference", [x.double() for x in logits], **settings_of(case))
+        assert evaluate(backend, logits, **settings_of(case)).kept == oracle.kept
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", PERCENTILES)
+def test_kept_share_is_the_percentile(any_backend, percentile, relations):
+    """Of n distinct entropies, floor(q (n - 1)) + 1 lie at or below the q-quantile; self-edges are not among them."""
+    b, c = 20, 15
+    logits = make_logits(Case((b, c)), torch.float64, seed=1)
+    kept = evaluate(any_backend, logits, unreliable_pruning_percentile=percentile, relations=relations).kept
+    for count, vertices in zip(kept, (b, c), strict=True):
+        edges = vertices**2 if relations == "inter_view" else 2 * vertices * (2 * vertices - 1)
+        assert count == int(percentile / 100 * (edges - 1) + 1e-9) + 1
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("percentile", [1e-9, 99.9, 100 - 1e-9])
+def test_percentiles_next_to_the_ends(backend, percentile, relations):
+    """In float32 the last is 100 %: the rank is whole and the value after it, a self-edge's, is infinite."""
+    for dtype in (torch.float32, torch.float64):
+        logits = make_logits(Case((8, 6)), dtype, seed=1)
+        settings = {"unreliable_pruning_percentile": percentile, "relations": relations}
+        result, eager = evaluate(backend, logits, **settings), evaluate("reference", logits, **settings)
+        assert result.kept == eager.kept
+        assert result.loss.isfinite() and relative_error(result.loss, eager.loss) < 1e-5
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("percentile", PERCENTILES)
+def test_the_kept_edges_are_the_references_one_by_one(backend, side, percentile):
+    """With one vertex on one side, every vertex of the other is one edge: its gradient shows whether it was kept."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
+    sizes = (1, 400) if side == 1 else (400, 1)
+    vectors = [torch.randn(k, 8, generator=generator) for k in sizes * 2]
+    probs = tuple((2 * torch.randn(k, 10, generator=generator)).softmax(1) for k in sizes)
+    result = evaluate_relation(backend, vectors, probs=probs, percentile=percentile)
+    seen = result.grads[side].abs().sum(1) > 0
+
+    wide = tuple(x.double() for x in probs)
+    expected = reference.kept_edges(wide, *sizes, percentile, False).flatten()
+    entropy = pruning.joint_entropy(*wide).flatten()
+    threshold = pruning.quantile_sorted(entropy, percentile / 100)
+    band = (entropy - threshold).abs() <= 1e-6 * entropy.abs().max()
+    assert torch.equal(seen[~band], expected[~band])
+    assert int(band.sum()) <= 2
+
+
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("scale", [1.0, 1e-1, 1e-2, 1e-3])
+def test_flips_at_the_threshold_are_bounded(backend, scale, relations):
+    """Flatter and flatter softmaxes: no more edges change sides than lie within rounding of the threshold."""
+    shape, percentile = (48, 32), 30.0
+    logits = make_logits(Case(shape, scale=scale), torch.float32, seed=4)
+    settings = {"unreliable_pruning_percentile": percentile, "relations": relations}
+    kept = evaluate(backend, logits, **settings).kept
+    oracle = evaluate("reference", [x.double() for x in logits], **settings).kept
+    complete = relations == "complete"
+    graphs = ops.both_graphs(*(x.double() for x in logits), complete)
+    flips = []
+    for count, wanted, (_, probs) in zip(kept, oracle, graphs, strict=True):
+        entropy = pruning.joint_entropy(*probs)
+        if complete:
+            entropy = entropy[~torch.eye(len(entropy), dtype=torch.bool)]
+        threshold = pruning.quantile_sorted(entropy.flatten(), percentile / 100)
+        rounding = 32 * torch.finfo(torch.float32).eps * float(entropy.abs().max())
+        flips.append(abs(count - wanted))
+        assert flips[-1] <= int(((entropy - threshold).abs() <= rounding).sum())
+    if scale >= 1e-1:
+        assert max(flips) <= 1
+
+
+def test_the_mask_carries_no_gradient(any_backend):
+    """The probabilities move with the logits, the mask does not: the gradient is that of the kept edges held fixed."""
+    logits = inputs(Case((9, 6), seed=950), torch.float64)
+    probs = tuple(x.softmax(1) for x in logits[:2])
+    through_logits = evaluate(any_backend, logits, beta=0.0)
+    held = evaluate_relation(any_backend, logits, probs=probs, percentile=30.0)
+    for grad, expected in zip(through_logits.grads, held.grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)

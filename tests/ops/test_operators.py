@@ -1,0 +1,150 @@
+"""The custom operators hold what PyTorch asks of an operator: schema, fake kernel, autograd, no aliasing."""
+
+import pytest
+import torch
+from helpers import DTYPES, MODES, Case, evaluate, make_logits
+
+import vrm_kernels.functional as VF
+from vrm_kernels import backends
+from vrm_kernels.distributed import loss as distributed  # noqa: F401  registers its operator
+
+PUBLIC = {"vrm_graphs", "relation_graph", "vrm_graphs_distributed"}  # the last in test_distributed.py
+CPP = {
+    "cpu_vrm_graphs",
+    "cpu_relation_graph",
+    "cpu_quantile",
+    "cpu_joint_entropy",
+    "cpu_count_digits",
+    "cpu_relation_share",
+}
+CUDA = {"cuda_vrm_graphs", "cuda_relation_graph", "cuda_count_digits", "cuda_relation_share"}
+CUDA |= {"cuda_refusal"}  # takes no tensor; called in test_cuda_host.py
+
+
+def test_every_operator_is_checked_here(any_backend):
+    VF.relation_loss(*make_logits(Case((4, 3)), torch.float32, 0), backend=any_backend)  # loads what registers late
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vrm_kernels::")}
+    assert {f"vrm_kernels::{name}" for name in PUBLIC} <= registered
+    assert registered <= {f"vrm_kernels::{name}" for name in PUBLIC | CPP | CUDA}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("need_grad", [False, True])
+def test_opcheck_vrm_graphs(backend, need_grad, relations, dtype):
+    check_vrm_graphs(backend, (6, 5), need_grad, relations, dtype)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)], ids=str)
+def test_opcheck_vrm_graphs_of_one_row_or_column(backend, shape):
+    check_vrm_graphs(backend, shape, True, "complete", torch.float32)
+
+
+def check_vrm_graphs(backend, shape, need_grad, relations, dtype):
+    logits = make_logits(Case(shape), dtype, 0)
+    for x in logits[:2]:
+        x.requires_grad_(need_grad)
+    arguments = (2.0, 0.5, 30.0, 1.0, relations == "complete", need_grad, backend)
+    torch.library.opcheck(torch.ops.vrm_kernels.vrm_graphs, (*logits, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize(("need_grad", "exclude_self"), [(False, False), (True, False), (True, True)])
+def test_opcheck_relation_graph(backend, exclude_self, need_grad, ranked, dtype):
+    a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
+    p, q = torch.rand(6, 4).softmax(1), torch.rand(6, 4).softmax(1)
+    if exclude_self:
+        b, teacher_b, q = a.clone(), teacher_a.clone(), p.clone()
+    else:
+        b, teacher_b, q = b[:4].clone(), teacher_b[:4], q[:4]
+    a.requires_grad_(need_grad)
+    b.requires_grad_(need_grad)
+    probs = (p, q) if ranked else (None, None)
+    arguments = (30.0, 1.0, exclude_self, need_grad, backend)
+    torch.library.opcheck(torch.ops.vrm_kernels.relation_graph, (a, b, teacher_a, teacher_b, *probs, *arguments))
+
+
+def test_opcheck_on_strided_logits(backend):
+    logits = [x.t().contiguous().t() for x in make_logits(Case((6, 5)), torch.float32, 0)]
+    logits[1] = torch.randn(12, 15)[::2, ::3]
+    for x in logits[:2]:
+        x.requires_grad_()
+    torch.library.opcheck(torch.ops.vrm_kernels.vrm_graphs, (*logits, 2.0, 0.5, 30.0, 1.0, False, True, backend))
+
+
+def test_without_gradients_none_are_computed(backend):
+    """need_grad is what spares evaluation the gradient's work: the operator then returns empty ones."""
+    logits = make_logits(Case((6, 5)), torch.float32, 0)
+    for complete in (False, True):
+        outputs = torch.ops.vrm_kernels.vrm_graphs(*logits, 2.0, 0.5, 30.0, 1.0, complete, False, backend)
+        assert outputs[1].numel() == outputs[2].numel() == 0
+        outputs = torch.ops.vrm_kernels.relation_graph(*logits, None, None, 30.0, 1.0, False, False, backend)
+        assert outputs[1].numel() == outputs[2].numel() == 0
+
+
+@pytest.mark.parametrize("relations", MODES)
+def test_the_operator_is_what_eager_mode_computes(backend, relations):
+    """Eager calls skip the dispatcher: the same bits, gradients and refusal of second derivatives with it."""
+    logits = make_logits(Case((17, 13)), torch.float32, 0)
+    eager = evaluate(backend, logits, alpha=2.0, beta=0.5, relations=relations)
+    students = [x.clone().requires_grad_() for x in logits[:2]]
+    arguments = (*students, *logits[2:], 2.0, 0.5, 30.0, 1.0, relations == "complete", True, backend)
+    loss, *_, kept = torch.ops.vrm_kernels.vrm_graphs(*arguments)
+    grads = torch.autograd.grad(loss, students, create_graph=True)
+    assert torch.equal(loss.detach(), eager.loss) and tuple(kept.tolist()) == eager.kept
+    assert all(torch.equal(x, y) for x, y in zip(grads, eager.grads, strict=True))
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        torch.autograd.grad(grads[0].square().sum(), students)
+
+
+# ---- the compiled ones, which have no autograd of their own -------------------------------------------------------
+
+
+@pytest.fixture
+def cpp():
+    usable, note = backends.REGISTRY["cpp"].status()
+    if not usable:
+        pytest.skip(note)
+    backends.REGISTRY["cpp"].load()
+    return torch.ops.vrm_kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("need_grad", [False, True])
+def test_opcheck_cpu_vrm_graphs(cpp, need_grad, complete, dtype):
+    logits = [x.t().contiguous().t() for x in make_logits(Case((6, 5)), dtype, 0)]
+    for keep_all in (False, True):
+        arguments = (2.0, 0.5, [9, 7], [0.5, 0.25], keep_all, 1.0, complete, need_grad)
+        torch.library.opcheck(cpp.cpu_vrm_graphs, (*logits, *arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("need_grad", [False, True])
+def test_opcheck_cpu_relation_graph(cpp, need_grad, dtype):
+    a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
+    for probs in ((torch.rand(6, 4).softmax(1), torch.rand(4, 4).softmax(1)), (None, None)):
+        arguments = (7, 0.5, 1.0, False, need_grad)
+        torch.library.opcheck(cpp.cpu_relation_graph, (a, b[:4], teacher_a, teacher_b[:4], *probs, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(), (3,)], ids=str)
+def test_opcheck_cpu_quantile(cpp, shape, dtype):
+    below, weight = torch.full(shape, 4), torch.full(shape, 0.5, dtype=dtype)
+    torch.library.opcheck(cpp.cpu_quantile, (torch.randn(11, dtype=dtype), below, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck_cpu_operators_of_a_share(cpp, dtype):
+    a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
+    p, q = a.softmax(1)[:4].t(), b.softmax(1).t()[:, :4]
+    torch.library.opcheck(cpp.cpu_joint_entropy, (p, q))
+    entropy = cpp.cpu_joint_entropy(p, q)
+    torch.library.opcheck(cpp.cpu_count_digits, (entropy, torch.tensor([0, -3]), 8, 11))
+    for need_grad in (False, True):
+        grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a.t(), b.t())]
+        for ranked in ((p, q, None), (None, None, entropy), (None, None, None)):
+            arguments = (*(x.t() for x in (a, b, teacher_a, teacher_b)), *ranked, *grads, 1.5, 7, 25.0, 2.0, 1.0, False)
+            torch.library.opcheck(cpp.cpu_relation_share, (*arguments, need_grad))

@@ -1,0 +1,91 @@
+"""What the tests of the recipe share: a run of a second or two, and reading what it wrote."""
+
+import csv
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# A test module that imports this one needs the extra "distill", and is skipped without it.
+for _module in ("accelerate", "datasets", "kornia", "matplotlib", "rich", "safetensors", "sklearn", "yaml"):
+    pytest.importorskip(_module)
+
+
+def _import_torchvision() -> None:
+    """Import torchvision, also a build whose compiled operators do not load beside a torch for the CPU.
+
+    timm and torchdistill import it; none of what is tested here uses those operators, but importing torchvision
+    describes some of them to torch, and fails where they do not exist. They are declared here for it.
+    """
+    try:
+        import torchvision
+    except ModuleNotFoundError:
+        return
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        folder = Path(importlib.util.find_spec("torchvision").origin).parent
+        for name in re.findall(
+            r'register_fake\("torchvision::(\w+)"\)', (folder / "_meta_registrations.py").read_text()
+        ):
+            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+
+_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+_import_torchvision()
+
+QUICK = ["--train-images=128", "--batch-size=32", "--teacher=conv_8_16_16", "--teacher-epochs=3", "--epochs=4"]
+QUICK += ["--lr=0.03", "--alpha=2", "--beta=1", "--device=cpu", "--seeds=2", "--seed=5"]
+COMMAND = [sys.executable, "-m", "vrm_distill.cli"]
+
+
+def start(*arguments, launcher=COMMAND, **options) -> subprocess.Popen:
+    """The command in a process of its own, one thread, its words captured."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [*launcher, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+    """What a process said, which must have ended well."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def read_log(folder: Path) -> list[dict[str, str]]:
+    with (folder / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def comparable(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows without what differs from one run to the next: its name and its times."""
+    return [{key: x for key, x in row.items() if key not in ("run", "seconds", "loss_share")} for row in rows]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two checkpoints have the same tensors bit for bit."""
+    from safetensors.torch import load_file
+
+    first, second = load_file(a), load_file(b)
+    return first.keys() == second.keys() and all(
+        x.dtype == second[name].dtype and x.numpy().tobytes() == second[name].numpy().tobytes()
+        for name, x in first.items()
+    )

@@ -1,0 +1,200 @@
+"""One epoch of training, and validation: any model, any loader, any optimizer."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vrm_kernels.graph.pruning import edge_count
+from vrm_kernels.loss import VRMLoss
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+
+
+def train_one_epoch(
+    teacher: nn.Module,
+    student: nn.Module,
+    loader: Batches,
+    loss_fn: Callable[..., Tensor],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+) -> dict[str, float]:
+    """Distil ``teacher`` into ``student`` for one pass over ``loader``.
+
+    Args:
+        teacher: gives logits ``[B, C]``; put in evaluation mode, gets no gradient.
+        student: gives logits ``[B, C]``; put in training mode. Both models must be on ``device``.
+        loader: batches ``(real, virtual, labels)``, as a loader over a ``DualViewDataset`` gives; labels ``[B]`` class
+            indices or ``[B, C]`` class probabilities.
+        loss_fn: called as ``loss_fn(student_real, student_virtual, teacher_real, teacher_virtual, labels)``.
+
+    Returns:
+        Means over the samples: ``loss``, and with a :class:`vrm_kernels.VRMLoss` also its unweighted terms ``ce_real,
+        ce_virtual, inter_sample, inter_class`` and ``kept_inter_sample, kept_inter_class``, the fraction of the
+        edges that passed the pruning. The device is read once, after the last batch.
+
+    Raises:
+        ValueError: the loader gave no batch.
+    """
+    teacher.eval()
+    student.train()
+    means = Means()
+    for batch in loader:
+        real, virtual, labels = (x.to(device, non_blocking=True) for x in batch)
+        loss, terms = distillation_loss(teacher, student, real, virtual, labels, loss_fn)
+        _step(loss, optimizer)
+        means.add({"loss": loss, **terms}, labels.shape[0])
+    return means.read()
+
+
+def train_alone_one_epoch(
+    model: nn.Module,
+    loader: Batches,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+    *,
+    views: str = "both",
+) -> dict[str, float]:
+    """Cross-entropy alone for one pass over ``loader``: a teacher, or a student to compare a distilled one with.
+
+    Args:
+        model: gives logits ``[B, C]``; put in training mode.
+        loader: as for :func:`train_one_epoch`.
+        views: ``"both"`` trains on ``CE(S, y) + CE(S', y)``, the cross-entropy part of ``VRMLoss``; ``"real"`` on the
+            first alone, and the model never sees the virtual view.
+
+    Returns:
+        Means over the samples: ``loss``, ``ce_real`` and, with both views, ``ce_virtual``.
+
+    Raises:
+        ValueError: another ``views``, or the loader gave no batch.
+    """
+    if views not in ("real", "both"):
+        raise ValueError(f"views must be 'real' or 'both', got {views!r}")
+    model.train()
+    means = Means()
+    for batch in loader:
+        real, virtual, labels = (x.to(device, non_blocking=True) for x in batch)
+        loss, terms = cross_entropy_loss(model, real, virtual, labels, views)
+        _step(loss, optimizer)
+        means.add({"loss": loss, **terms}, labels.shape[0])
+    return means.read()
+
+
+def distillation_loss(
+    teacher: nn.Module,
+    student: nn.Module,
+    real: Tensor,
+    virtual: Tensor,
+    labels: Tensor,
+    loss_fn: Callable[..., Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``loss_fn`` of one batch, and of a ``VRMLoss`` its terms and the kept fractions, detached; arguments as above."""
+    with torch.no_grad():
+        teacher_logits = both_views(teacher, real, virtual)
+    logits = both_views(student, real, virtual)
+    if not isinstance(loss_fn, VRMLoss):
+        return loss_fn(*logits, *teacher_logits, labels), {}
+    loss, terms = loss_fn(*logits, *teacher_logits, labels, return_terms=True)
+    samples, classes = logits[0].shape
+    if loss_fn.gather_distributed and torch.distributed.is_initialized():
+        samples *= torch.distributed.get_world_size(loss_fn.process_group)
+    return loss, _kept_fractions(terms, samples, classes, loss_fn.relations == "complete")
+
+
+def cross_entropy_loss(
+    model: nn.Module, real: Tensor, virtual: Tensor, labels: Tensor, views: str, label_smoothing: float = 0.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The cross-entropy of one batch and its terms, detached; arguments as for :func:`train_alone_one_epoch`."""
+    logits = (model(real),) if views == "real" else both_views(model, real, virtual)
+    terms = {
+        name: F.cross_entropy(x.float(), labels, label_smoothing=label_smoothing)
+        # Of one view, zip leaves out ce_virtual.
+        for name, x in zip(("ce_real", "ce_virtual"), logits, strict=False)
+    }
+    return sum(terms.values()), {name: x.detach() for name, x in terms.items()}
+
+
+@torch.no_grad()
+def validate(model: nn.Module, loader: Iterable[tuple[Tensor, ...]], device: torch.device | str) -> float:
+    """The accuracy of ``model``, in [0, 1]; the model is left in the mode it was in.
+
+    Args:
+        model: gives logits ``[B, C]``; evaluated in evaluation mode.
+        loader: batches whose first tensor is the images and whose last is the labels ``[B]``: ``(images, labels)``,
+            or ``(real, virtual, labels)``, of which the real view is judged.
+
+    Raises:
+        ValueError: the loader gave no sample.
+    """
+    correct, seen = count_correct(model, loader, device)
+    if seen == 0:
+        raise ValueError("validate: the loader gave no sample")
+    return correct.item() / seen
+
+
+@torch.no_grad()
+def count_correct(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, ...]],
+    device: torch.device | str,
+    prepare: Callable[[Tensor], Tensor] = lambda images: images,
+) -> tuple[Tensor, int]:
+    """How many of the loader's samples ``model`` gets right (a scalar on ``device``), and how many there are.
+
+    ``prepare`` is applied to the images on the device; otherwise as :func:`validate`.
+    """
+    was_training = model.training
+    model.eval()
+    correct, seen = torch.zeros((), dtype=torch.int64, device=device), 0
+    for batch in loader:
+        images, labels = batch[0].to(device, non_blocking=True), batch[-1].to(device, non_blocking=True)
+        correct += (model(prepare(images)).argmax(1) == labels).sum()
+        seen += labels.shape[0]
+    model.train(was_training)
+    return correct, seen
+
+
+def both_views(model: nn.Module, real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of both views ``[B, C]``; in one pass if they are of one shape, so that batch norm sees them together."""
+    if real.shape != virtual.shape:
+        return model(real), model(virtual)
+    logits_real, logits_virtual = model(torch.cat((real, virtual))).chunk(2)
+    return logits_real, logits_virtual
+
+
+def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+def _kept_fractions(terms: dict[str, Tensor], samples: int, classes: int, complete: bool) -> dict[str, Tensor]:
+    fractions = {}
+    for name, n in (("kept_inter_sample", samples), ("kept_inter_class", classes)):
+        vertices = 2 * n if complete else n
+        fractions[name] = terms[name] / max(1, edge_count(vertices, vertices, complete))
+    return {**terms, **fractions}
+
+
+class Means:
+    """Sample-weighted means of scalars that stay on their device until they are read."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.total: Tensor | None = None
+        self.samples = 0
+
+    def add(self, scalars: dict[str, Tensor], samples: int) -> Tensor:
+        """Count these scalars for so many samples; the scalars in one float64 tensor."""
+        self.names = list(scalars)
+        values = torch.stack([x.detach().double() for x in scalars.values()])
+        self.total = values * samples if self.total is None else self.total + values * samples
+        self.samples += samples
+        return values
+
+    def read(self) -> dict[str, float]:
+        if self.total is None:
+            raise ValueError("the loader gave no batch: is the batch size larger than the dataset, with drop_last?")
+        return dict(zip(self.names, (self.total / self.samples).tolist(), strict=True))

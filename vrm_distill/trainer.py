@@ -1,0 +1,255 @@
+"""The training of one model, step by step, from its start or from where a checkpoint left it."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vrm_distill.data import ImageData, ShardedBatches, Views, batches_loader, mixup
+from vrm_distill.engine import Means
+from vrm_distill.seeding import seed_everything
+from vrm_distill.settings import Settings
+
+# objective(model, real, virtual, labels, progress) gives the loss and its terms; progress counts epochs, from 0.
+Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
+# The loss is looked at this often, in steps: reading it makes the host wait for the device.
+_LOOK = 50
+_NEVER = 2**62
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged. ``terms`` went first, at ``step`` of ``epoch``, both counted from 1."""
+
+    def __init__(self, terms: list[str], epoch: int, step: int) -> None:
+        super().__init__(f"{', '.join(terms)} became NaN or infinite at step {step} of epoch {epoch}")
+        self.terms, self.epoch, self.step = terms, epoch, step
+
+
+@dataclass
+class Position:
+    """Where a training is: whole epochs done, the optimiser's steps done of the next one, and the time they took."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+
+
+class Trainer:
+    """Trains ``model`` in place on one objective.
+
+    Everything random in a step is a function of the seed, the epoch, the step, the micro-batch and the process, so that
+    what :meth:`state` holds (model, optimiser, schedule, gradient scaler, running mean of the weights, position, the
+    epoch's sums) is all that the rest of the training depends on: a training resumed from it ends in the same bits.
+
+    Args:
+        accelerator: the device, the precision, and how many processes share each batch.
+        model: gives logits ``[B, C]``; on the accelerator's device already.
+        epochs, lr: how long, and the first learning rate.
+        seed: of the order of the samples and of the augmentations.
+        virtual: make the virtual view, too; else the objective gets the real one in its place.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        data: ImageData,
+        settings: Settings,
+        objective: Objective,
+        *,
+        epochs: int,
+        lr: float,
+        seed: int,
+        virtual: bool = True,
+    ) -> None:
+        self.accelerator, self.data, self.settings, self.objective = accelerator, data, settings, objective
+        self.epochs, self.seed, self.virtual = epochs, seed, virtual
+        self.batches = ShardedBatches(
+            len(data.train),
+            settings.batch_size,
+            seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            settings.accumulate,
+        )
+        self.views = Views(data, settings.augment)
+        self.average = None
+        if settings.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
+        optimizer = make_optimizer(model, settings, lr)
+        self.schedule = _schedule(optimizer, settings, epochs)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.at, self.means = Position(), Means()
+        self._first_bad: Tensor | None = None
+
+    def epoch(self, checkpoint: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """Train to the end of the epoch that :attr:`at` is in.
+
+        Args:
+            checkpoint: called every ``settings.checkpoint_steps`` steps, after the loss was found finite.
+
+        Returns:
+            Means over the samples of the whole epoch, over all processes: ``loss`` and the objective's terms.
+
+        Raises:
+            NonFiniteLoss: the loss or one of its terms became NaN or infinite.
+        """
+        self.batches.seek(self.at.epoch, self.at.step)
+        loader = iter(batches_loader(self.data.train, self.batches, self.settings.workers))
+        self.model.train()
+        start, seconds = time.perf_counter(), self.at.seconds
+        while self.at.step < self.batches.steps:
+            self._step(loader)
+            self.at.seconds = seconds + time.perf_counter() - start
+            done = self.at.epoch * self.batches.steps + self.at.step
+            if self.at.step % _LOOK == 0 or done % self.settings.checkpoint_steps == 0:
+                self._check_finite()
+            if done % self.settings.checkpoint_steps == 0:
+                self._share_means()
+                checkpoint()
+        self._check_finite()
+        self._share_means()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.at.seconds = seconds + time.perf_counter() - start
+        self._broadcast_buffers()
+        return self.means.read() if self.accelerator.is_main_process else {}
+
+    def next_epoch(self) -> None:
+        """Move to the first step of the next epoch, with its learning rate."""
+        self.schedule.step()
+        self.at, self.means = Position(self.at.epoch + 1), Means()
+
+    @property
+    def finished(self) -> bool:
+        return self.at.epoch >= self.epochs
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to judge and to keep: the running mean of the weights if there is one, not wrapped in anything."""
+        return self.average.module if self.average is not None else self._bare
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`load_state` needs, as tensors, numbers, text, lists and dicts."""
+        scaler = self.accelerator.scaler
+        return {
+            "epoch": self.at.epoch,
+            "step": self.at.step,
+            "seconds": self.at.seconds,
+            "names": self.means.names,
+            "total": self.means.total,
+            "samples": self.means.samples,
+            "model": self._bare.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state` of a trainer of the same settings."""
+        self._bare.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.at = Position(state["epoch"], state["step"], state["seconds"])
+        if state["total"] is not None:
+            # The sums of all processes are the first one's from here on, as they are after _share_means.
+            main, total = self.accelerator.is_main_process, state["total"].to(self.accelerator.device)
+            self.means.names = list(state["names"])
+            self.means.total = total if main else torch.zeros_like(total)
+            self.means.samples = state["samples"] if main else 0
+
+    def close(self) -> nn.Module:
+        """:attr:`result`, and let go of the optimiser and of the wrappers."""
+        result = self.result
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        return result
+
+    @property
+    def _bare(self) -> nn.Module:
+        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+
+    def _step(self, loader) -> None:
+        device, parts = self.accelerator.device, self.settings.accumulate
+        progress = self.at.epoch + self.at.step / self.batches.steps
+        for part in range(parts):
+            images, labels = (x.to(device, non_blocking=True) for x in next(loader))
+            seed_everything(device, self.seed, self.at.epoch, self.at.step, part, self.accelerator.process_index)
+            real, virtual = self.views(images, self.virtual)
+            if self.settings.mixup:
+                real, virtual, labels = mixup(real, virtual, labels, self.data.classes, self.settings.mixup)
+            # Processes add up their gradients once, with the last part.
+            with self.accelerator.no_sync(self.model) if part < parts - 1 else nullcontext():
+                loss, terms = self.objective(self.model, real, virtual, labels, progress)
+                self.accelerator.backward(loss / parts)
+            values = self.means.add({"loss": loss, **terms}, labels.shape[0])
+            bad = torch.where(values.isfinite(), _NEVER, self.at.step)
+            self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self._bare)
+        self.at.step += 1
+
+    def _check_finite(self) -> None:
+        if self._first_bad is None:
+            return
+        first = self._first_bad
+        if self.accelerator.num_processes > 1:
+            first = first.clone()
+            torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        first = first.tolist()
+        if min(first) < _NEVER:
+            # Every term that was bad at that step; the total is named only where no term is to blame.
+            terms = [name for name, step in zip(self.means.names, first, strict=True) if step == min(first)]
+            blamed = [name for name in terms if name != "loss"] or ["loss"]
+            raise NonFiniteLoss(blamed, self.at.epoch + 1, min(first) + 1)
+
+    def parameters_finite(self) -> bool:
+        """Whether the weights that the last step made are all finite: reads the device."""
+        return all(bool(p.isfinite().all()) for p in self._bare.parameters())
+
+    def _share_means(self) -> None:
+        """Make the sums of all processes those of the first, and empty the others'."""
+        if self.accelerator.num_processes == 1 or self.means.total is None:
+            return
+        counts = torch.tensor([self.means.samples], dtype=torch.float64, device=self.accelerator.device)
+        both = self.accelerator.reduce(torch.cat((self.means.total, counts)), "sum")
+        main = self.accelerator.is_main_process
+        self.means.total = both[:-1] if main else torch.zeros_like(both[:-1])
+        self.means.samples = int(both[-1]) if main else 0
+
+    def _broadcast_buffers(self) -> None:
+        """Give every process the first one's running statistics, which are those that are kept."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.result.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def make_optimizer(model: nn.Module, settings: Settings, lr: float) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=settings.weight_decay)
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, settings: Settings, epochs: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedulers = torch.optim.lr_scheduler
+    if settings.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, epochs)
+    milestones = list(settings.milestones) if settings.schedule == "step" else []
+    return schedulers.MultiStepLR(optimizer, milestones, settings.gamma)

@@ -1,0 +1,87 @@
+"""A process's share of a graph: the contract is written out in :mod:`vrm_kernels.distributed.loss`.
+
+Entropies are the library's products. What counts them, and all that follows, are kernels, those of either regime: they
+take the threshold and the number of kept edges from tensors on the device.
+"""
+
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
+
+from vrm_kernels.backends.triton import large, plan, small, stages
+from vrm_kernels.backends.triton.select import BINS, count_kernel
+from vrm_kernels.backends.triton.stages import Graph, Problem, Selection
+from vrm_kernels.graph import selection
+
+
+def entropy_of_logs(probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
+    """As :func:`vrm_kernels.graph.pruning.entropy_of_logs`, in rows as far apart as pairwise buffers."""
+    m, n = len(probs_a), len(log_probs_b)
+    entropy = probs_a.new_empty(m, plan.row_stride(n))[:, :n]
+    large.product(probs_a, log_probs_b, entropy)
+    return entropy.neg_()
+
+
+def count_digits(x: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
+    """As :func:`vrm_kernels.graph.selection.count_digits`, of ``x [m, n]`` whose rows are contiguous; one launch."""
+    if len(prefixes) != 2 or 2**bits > BINS.value:  # asked for on the CPU alone
+        return selection.count_digits(x, prefixes, shift, bits)
+    leading = shift + bits == 8 * x.element_size()
+    counts = prefixes.new_zeros(1 if leading else 2, 2**bits)
+    with stages.on_device(x.device):
+        count_kernel[(triton.cdiv(x.numel(), plan.HISTOGRAM["BLOCK"]),)](
+            x, x.shape[1], x.numel(), x.stride(0), prefixes, counts, LEADING=leading, SHIFT=shift, WIDTH=bits,
+            **plan.HISTOGRAM,
+        )  # fmt: skip
+    return counts.expand(2, -1)
+
+
+class _Stored:
+    """Entropies that are given, in the place of :class:`large.Entropies`."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def rows(self, first: int, count: int) -> Tensor:
+        return self.values[first : first + count]
+
+
+def relation_share(
+    a: Tensor,
+    b: Tensor,
+    teacher_a: Tensor,
+    teacher_b: Tensor,
+    probs: None,
+    entropy: Tensor | None,
+    threshold: Tensor,
+    kept: Tensor,
+    edges: int,
+    weight: float,
+    delta: float,
+    exclude_self: bool,
+    grads: Sequence[Tensor],
+) -> Tensor:
+    """The share's part of the loss; ``entropy`` is what :func:`entropy_of_logs` gave, or rows of it."""
+    # Columns of logits are copied by torch, in tiles; the kernels would read them a row at a time.
+    sides = tuple(x.contiguous() for x in (a, b, teacher_a, teacher_b))
+    (m, dims), n = a.shape, len(b)
+    fused = plan.use_fused(a.dtype, m * n * dims)
+    precision = plan.precision({a.dtype}, a.dtype, (m + n) * dims // 2, fused, a.device)
+    graph = Graph(False, m, n, m, m + n, dims, edges)
+    problem = Problem(sides, (graph,), (weight,), 100.0, delta, False, exclude_self, precision)
+    with stages.on_device(a.device):
+        prepared = stages.prepare(problem, softmax=False)
+        chosen = None
+        if entropy is not None:
+            # Copies, since a kernel is compiled apart for numbers that do not lie on 16 bytes.
+            limits = threshold.repeat(2)
+            chosen = Selection(limits, limits, kept.repeat(2), entropy.contiguous() if fused else None)
+        if fused:
+            totals, parts = small.losses_and_gradients(problem, prepared, chosen, bool(grads))
+        else:
+            stored = None if entropy is None else [_Stored(entropy)]
+            totals, parts = large.losses_and_gradients(problem, prepared, chosen, stored, bool(grads))
+    for grad, part in zip(grads, parts or (), strict=True):
+        grad.add_(part)
+    return totals.terms[0]

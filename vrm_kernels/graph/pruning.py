@@ -1,0 +1,70 @@
+"""Which edges of a relation graph count: the joint entropy and the threshold, one definition for every backend."""
+
+import ctypes
+import functools
+import math
+
+import torch
+
+from vrm_kernels.graph.constants import ENTROPY_EPS
+
+# torch.quantile refuses inputs of more elements than this: up to it the rank is torch's own, beyond it float64.
+TORCH_QUANTILE_MAX = 2**24
+
+
+@functools.lru_cache(maxsize=1024)
+def rank(q: float, n: int, dtype: torch.dtype) -> tuple[int, float]:
+    """Where the q-quantile of ``n`` sorted values lies: ``(below, weight)``, the value being
+    ``lerp(sorted[below], sorted[below + 1 if weight > 0 else below], weight)``: as in torch.quantile, a rank that is
+    whole does not look at the next value, which may be infinite.
+
+    torch.quantile forms ``q * (n - 1)`` in the dtype of its input, so in float32 both q and the product are rounded
+    to float32 (the double product of two 24-bit significands is exact, so rounding it once is the same).
+    """
+    if dtype == torch.float64 or n > TORCH_QUANTILE_MAX:
+        position = q * (n - 1)
+    else:
+        position = ctypes.c_float(ctypes.c_float(q).value * (n - 1)).value
+    below = min(math.floor(position), n - 1)
+    return below, position - below
+
+
+def edge_count(m: int, n: int, exclude_self: bool) -> int:
+    """How many edges an ``m x n`` graph ranks; ``exclude_self`` leaves out the ``m`` edges of a vertex with itself."""
+    return m * n - (m if exclude_self else 0)
+
+
+def log_probs(probs: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
+    """``log(P' + 1e-7)``, the second factor of the joint entropy; ``inplace``: in the place of ``probs``."""
+    return (probs.add_(ENTROPY_EPS) if inplace else probs + ENTROPY_EPS).log_()
+
+
+def joint_entropy(probs_a: torch.Tensor, probs_b: torch.Tensor) -> torch.Tensor:
+    """``H[i, j] = -sum_k P[i, k] log(P'[j, k] + 1e-7)`` for ``[M, K]`` and ``[N, K]``: ``[M, N]``."""
+    return entropy_of_logs(probs_a, log_probs(probs_b))
+
+
+def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.Tensor:
+    """The same from :func:`log_probs` of the second."""
+    return (probs_a @ log_probs_b.t()).neg_()
+
+
+def ranks(q: float | torch.Tensor, n: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rank` as tensors ``(below int64, weight)`` on the device of ``x``; ``q`` may itself be a tensor."""
+    dtype = torch.float64 if n > TORCH_QUANTILE_MAX else x.dtype
+    q = q.detach().to(dtype) if isinstance(q, torch.Tensor) else torch.full((), q, dtype=dtype, device=x.device)
+    position = q * (n - 1)
+    # A q outside [0, 1] is only known on the device: NaN, not an index out of bounds.
+    position = torch.where((position >= 0) & (position <= n - 1), position, torch.nan)
+    below = position.nan_to_num(0.0).floor().long()
+    return below, (position - below).to(x.dtype)
+
+
+def quantile_sorted(x: torch.Tensor, q: float | torch.Tensor, n: int | None = None) -> torch.Tensor:
+    """Exact q-quantile of the ``n`` smallest elements (default: all) of 1-D ``x``, by sorting; NaN if any is NaN."""
+    n = x.numel() if n is None else n
+    below, weight = ranks(q, n, x)
+    ordered = x.sort().values
+    # gather, not indexing: a 0-D index would be read by the host
+    low, high = (ordered.gather(0, k.reshape(-1)).reshape(k.shape) for k in (below, below + (weight > 0)))
+    return torch.where(ordered[-1].isnan(), torch.nan, low.lerp(high, weight))
