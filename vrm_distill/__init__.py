@@ -7,11 +7,9 @@ The pieces here need torch alone; the data, the report and the command need the 
 from vrm_distill.checkpoint import load_checkpoint, save_checkpoint
 from vrm_distill.engine import train_alone_one_epoch, train_one_epoch, validate
 from vrm_distill.models import MODELS, create_model
-from vrm_kernels.data import DualViewDataset
 
 __all__ = [
     "MODELS",
-    "DualViewDataset",
     "create_model",
     "load_checkpoint",
     "save_checkpoint",

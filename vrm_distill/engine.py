@@ -1,4 +1,8 @@
-"""One epoch of training, and validation: any model, any loader, any optimizer."""
+"""One epoch of training, and validation: any model, any loader, any optimizer.
+
+The loss of one batch is defined here, for the loops below, which are for your own script, and for the command's
+``Trainer``, which adds what a long run needs.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -6,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vrm_kernels.data import both_views
 from vrm_kernels.graph.pruning import edge_count
 from vrm_kernels.loss import VRMLoss
 
@@ -154,14 +159,6 @@ def count_correct(
         seen += labels.shape[0]
     model.train(was_training)
     return correct, seen
-
-
-def both_views(model: nn.Module, real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of both views ``[B, C]``; in one pass if they are of one shape, so that batch norm sees them together."""
-    if real.shape != virtual.shape:
-        return model(real), model(virtual)
-    logits_real, logits_virtual = model(torch.cat((real, virtual))).chunk(2)
-    return logits_real, logits_virtual
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vrm_distill.data import ImageData, Views
-from vrm_distill.engine import both_views
 from vrm_distill.seeding import seed_everything
 from vrm_distill.settings import Settings
 from vrm_kernels import functional as VF
 from vrm_kernels import ops
 from vrm_kernels.backends import reference
+from vrm_kernels.data import both_views
 
 # How many images and classes are shown, and among how many held-out images they are looked for.
 IMAGES, CLASSES, CANDIDATES = 48, 16, 256

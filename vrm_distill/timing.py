@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vrm_distill.data import ImageData, ShardedBatches, Views, batches_loader
-from vrm_distill.engine import both_views
 from vrm_distill.settings import Settings
+from vrm_kernels.data import both_views
 from vrm_kernels.loss import VRMLoss
 
 # The eager class stores a dozen tensors of this many numbers, 1 GiB each.

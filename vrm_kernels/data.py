@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 
 class DualViewDataset(Dataset):
     """Yield ``(real_view, virtual_view, label)`` for every ``(image, label)`` of a map-style dataset.
+
+    It is for your own loop and for :func:`vrm_distill.train_one_epoch`, with transforms that take one image. The
+    command ``vrm-distill`` augments whole batches on their device instead, by ``vrm_distill.data.Views``.
 
     Args:
         dataset: map-style, items ``(image, label)`` (anything after the label is dropped).
@@ -43,3 +48,16 @@ class DualViewDataset(Dataset):
         real = image if self.transform_real is None else self.transform_real(image)
         virtual = image if self.transform_virtual is None else self.transform_virtual(image)
         return real, virtual, label
+
+
+def both_views(model: nn.Module, real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``model`` gives for both views; in one pass if they are of one shape, so that batch norm sees them together.
+
+    Args:
+        model: gives one tensor ``[N, ...]`` for images ``[N, ...]``, logits ``[N, C]`` for instance.
+        real, virtual: the images of the two views.
+    """
+    if real.shape != virtual.shape:
+        return model(real), model(virtual)
+    output_real, output_virtual = model(torch.cat((real, virtual))).chunk(2)
+    return output_real, output_virtual

@@ -16,7 +16,7 @@ from vrm_distill import train_alone_one_epoch, validate
 from vrm_distill.data import open_dataset
 from vrm_kernels import DualViewDataset, VRMLoss
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 class Items(Dataset):
@@ -66,7 +66,7 @@ def test_torchdistill_trains_from_the_examples_yaml(digits, teacher):
 
     import vrm_kernels.adapters.torchdistill  # noqa: F401 (registers)
 
-    config = load_yaml_file(str(EXAMPLES / "torchdistill_vrm.yaml"))
+    config = load_yaml_file(str(EXAMPLES / "torchdistill.yaml"))
     student, before = network(16), {k: v.clone() for k, v in teacher.state_dict().items()}
     datasets = {"train": digits[0], "test": digits[1]}
     box = DistillationBox(teacher, student, datasets, config, torch.device("cpu"), None, False, 1)
@@ -136,7 +136,7 @@ def test_lightning_trains(digits, teacher, tmp_path):
     trainer.fit(module, loader, DataLoader(digits[1], 100))
     logged = {name: float(x) for name, x in trainer.callback_metrics.items()}
     assert logged["validation_accuracy"] == pytest.approx(validate(module.student, DataLoader(digits[1], 100), "cpu"))
-    assert logged["validation_accuracy"] > 0.6 and logged["kept_inter_sample"] == pytest.approx(0.3, abs=0.01)
+    assert logged["validation_accuracy"] > 0.6 and logged["kept_inter_sample"] == pytest.approx(0.3 * 30 * 30, rel=0.03)
     assert not teacher.training
 
 

@@ -127,7 +127,7 @@ import sys
 for name in ("accelerate", "datasets", "kornia", "matplotlib", "rich", "safetensors", "sklearn", "yaml"):
     sys.modules[name] = None
 import vrm_kernels
-from vrm_distill import DualViewDataset, train_one_epoch, validate
+from vrm_distill import train_one_epoch, validate
 import vrm_distill.cli
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,5 +1,6 @@
 """Importing the package: torch and the standard library, nothing else, and nothing compiled."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,12 @@ def test_public_names():
 
 def test_importing_prints_nothing_and_warns_of_nothing():
     assert run("import torch, warnings; warnings.simplefilter('error'); import vrm_kernels") == ""
+
+
+def test_the_kernels_do_not_import_the_recipe():
+    importing = [
+        str(path)
+        for path in (ROOT / "vrm_kernels").rglob("*.py")
+        if re.search(r"^\s*(from|import) vrm_distill", path.read_text(), re.MULTILINE)
+    ]
+    assert importing == []

@@ -7,15 +7,16 @@ import lightning
 import torch
 from torch import Tensor, nn
 
-from vrm_distill.engine import distillation_loss
+from vrm_kernels.data import both_views
 from vrm_kernels.loss import VRMLoss
 
 
 class Distillation(lightning.LightningModule):
     """Distil ``teacher`` into ``student`` on batches ``(real, virtual, labels)``, as ``DualViewDataset`` gives them.
 
-    Validation batches are ``(images, ..., labels)``. The loss, its terms and the kept fractions are logged by epoch,
-    and ``validation_accuracy``. The teacher stays in evaluation mode, gets no gradient, and is in no checkpoint.
+    Validation batches are ``(images, ..., labels)``. Logged are the means over an epoch of the loss and of its terms
+    (the kept edges as numbers a batch), and ``validation_accuracy``. The teacher stays in evaluation mode, gets no
+    gradient, and is in no checkpoint.
 
     Args:
         loss_fn: by default ``VRMLoss(16, 8)``.
@@ -44,8 +45,12 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         real, virtual, labels = batch
-        loss, terms = distillation_loss(self._teacher[0], self.student, real, virtual, labels, self.loss_fn)
-        self.log_dict({"loss": loss.detach(), **terms}, on_step=False, on_epoch=True, batch_size=labels.shape[0])
+        with torch.no_grad():
+            teacher = both_views(self._teacher[0], real, virtual)
+        student = both_views(self.student, real, virtual)
+        loss, terms = self.loss_fn(*student, *teacher, labels, return_terms=True)
+        logged = {"loss": loss.detach(), **{name: term.float() for name, term in terms.items()}}
+        self.log_dict(logged, on_step=False, on_epoch=True, batch_size=labels.shape[0])
         return loss
 
     def validation_step(self, batch: tuple[Tensor, ...], _: int) -> None:

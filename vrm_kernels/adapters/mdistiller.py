@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vrm_distill.engine import both_views
+from vrm_kernels.data import both_views
 from vrm_kernels.loss import VRMLoss
 
 

@@ -1,4 +1,4 @@
-"""For torchdistill's YAML: importing this module registers what ``docs/examples/torchdistill_vrm.yaml`` names.
+"""For torchdistill's YAML: importing this module registers what ``examples/torchdistill.yaml`` names.
 
 - the mid-level loss ``VRMLoss``;
 - the dataset wrapper ``DualViewWrapper``, which draws both views of a sample;
