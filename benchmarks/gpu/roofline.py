@@ -1,96 +1,102 @@
-"""What the triton backend should cost on an H100, from counting alone: no GPU is needed, and nothing here is measured.
+"""What the stages of docs/gpu.md should cost on an H100, by counting: nothing here is measured, and no GPU is needed.
 
-``python -m benchmarks.gpu.roofline`` prints the table; ``--write`` puts it into docs/triton.md.
+``python -m benchmarks.gpu.roofline`` prints the table; ``--write`` puts it into docs/gpu.md.
 """
 
 import argparse
-from collections import Counter
-from unittest import mock
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from triton.runtime.jit import JITFunction
-
-from benchmarks.gpu.triton_kernels import DOCUMENT, Call, _make
 from benchmarks.report.table import rewrite
-from vrm_kernels.backends.triton import large, plan
+from vrm_kernels.graph import forms
 
-BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
-# NVIDIA's data sheet of the H100 SXM: dense products, and device memory. A kernel reaches two thirds of them or so.
-RATES = {torch.bfloat16: 989e12, torch.float32: 67e12}
-BYTES_PER_SECOND = 3.35e12
-LAUNCH_SECONDS = 3e-6  # of a small kernel in a replayed graph
-CALLS = [
-    Call(b, c, dtype)
-    for b, c in ((64, 100), (256, 100), (512, 200), (1024, 1000), (4096, 1000), (65536, 1000), (1024, 21841))
-    for dtype in (torch.float32, torch.bfloat16)
-]
-
-
-def count(call: Call) -> tuple[Counter, float]:
-    """``(launches by kernel, multiply-adds of the library's products)`` of one forward + backward."""
-    launches, work = Counter(), [0.0]
-
-    def product(x, y, out):
-        launches["product"] += 1
-        work[0] += x.numel() * y.shape[-2]
-
-    patches = (
-        mock.patch.object(JITFunction, "run", lambda kernel, *_, **__: launches.update([kernel.__name__])),
-        mock.patch.object(large, "product", product),
-    )
-    with patches[0], patches[1], mock.patch.object(plan, "on_nvidia", lambda device: True):
-        _make(call)
-    return launches, work[0]
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
+BEGIN, END = "<!-- stages:begin -->", "<!-- stages:end -->"
+# Measured on one H100 80GB HBM3: a large copy, large products in bfloat16, float32 multiply-adds.
+BYTES, MATRIX, FLOAT = 3.05e12, 773e12, 52e12
+LAUNCH, TRIP = 1.5e-6, 0.6e-6  # of a kernel in a replayed graph; a dependent load from memory
+PERCENTILE = 30.0
+SIZES = (
+    ((64, 100), "f32"),
+    ((256, 100), "f32"),
+    ((512, 200), "f32"),
+    ((1024, 1000), "f32"),
+    ((1024, 1000), "bf16"),
+    ((4096, 1000), "f32"),
+    ((4096, 1000), "bf16"),
+    ((65536, 1000), "bf16"),
+    ((1024, 21841), "bf16"),
+)
 
 
-def pairwise_bytes(call: Call, fused: bool, precision: plan.Precision) -> float:
-    """Of every edge, what is written to and read from device memory, or the second-level cache."""
-    edges = call.batch**2 + call.classes**2
-    entropy = 4 + 4 * 2 + 4  # written; two more passes read it (the first is in the product's kernel or reads it too)
-    if fused:
-        return edges * (entropy + 8 + 4 + 8)  # beta, gamma, and a zero where no edge is literal; read once a view
-    parts = 2 if precision.gradient_terms == 3 else 1
-    return edges * (entropy + 4 + 2 * 12 + 3 * 2 * parts * precision.operand.itemsize)
+class Stage(NamedTuple):
+    """One stage of both graphs: what it moves through memory, what it computes, and what waits for what."""
+
+    name: str
+    launches: int
+    trips: int
+    bytes: float = 0.0
+    float_operations: float = 0.0
+    matrix_operations: float = 0.0
+
+    def seconds(self) -> float:
+        work = max(self.bytes / BYTES, self.float_operations / FLOAT, self.matrix_operations / MATRIX)
+        return self.launches * LAUNCH + self.trips * TRIP + work
 
 
-def estimate(call: Call) -> str:
-    b, c = call.batch, call.classes
-    fused = plan.use_fused(torch.float32, b * c * (b + c))
-    precision = plan.precision({call.dtype}, torch.float32, b * c, fused, torch.device("cpu"))
-    launches, work = count(call)
-    unit_work = b * c * (b + c)
-    unit = 2 * unit_work / RATES[call.dtype]
-    if fused:
-        work, rate = 8 * unit_work, RATES[torch.float32]  # tl.dot, one for the entropy, three and four
+def stages(batch: int, classes: int, dtype: str) -> Iterator[Stage]:
+    logits, edges, share = batch * classes, batch**2 + classes**2, PERCENTILE / 100
+    unit = 2.0 * logits * (batch + classes)  # operations of one product of both graphs
+    read = 4 if dtype == "f32" else 2
+    graphs = [(batch, batch, classes), (classes, classes, batch)]
+    literal = forms.form(graphs, PERCENTILE) == "literal"
+    levels = max(forms.levels(m * n) for m, n, _ in graphs)
+    copied = (8 + 4) * 4 if literal else (4 + 4) * read  # vertices of both graphs; probabilities, surprisals
+    yield Stage("prepare", 1, 4, logits * (4 * read + copied + 2 * 4), 30.0 * 4 * logits)
+    products = 1 if dtype == "f32" else 3  # sums of two bfloat16, since the entropy ranks
+    if literal or dtype == "f32":
+        yield Stage("entropy", 1, 2, 4.0 * edges, unit)
     else:
-        rate = RATES[precision.operand]
-    arithmetic, memory = 2 * work / rate, pairwise_bytes(call, fused, precision) / BYTES_PER_SECOND
-    overhead = sum(launches.values()) * LAUNCH_SECONDS
-    total = arithmetic + memory + overhead
-    dtype = str(call.dtype).removeprefix("torch.")
-    numbers = (
-        f"{b}x{c}",
-        dtype,
-        "small" if fused else "large",
-        sum(launches.values()),
-        f"{work / unit_work:.0f}",
-        *(f"{1e6 * x:.3g}" for x in (unit, arithmetic, memory, overhead, total)),
-        f"{total / unit:.3g}",
-    )
-    return "| " + " | ".join(map(str, numbers)) + " |"
+        yield Stage("entropy", 1, 2, 4.0 * edges, 0.0, products * unit)
+    # A block of 1024 threads reads what is left about ten times, at two operations a thread and microsecond.
+    left = min(edges, forms.SELECT_EDGES)
+    yield Stage("select", 2 * levels + 1, 14 * (levels + 1), 4.0 * edges, 10.0 * left * 132)
+    if literal:
+        # Two visits of a kept component; FLOAT counts a multiply-add, one instruction, twice.
+        yield Stage("literal", 1, 5, 0.0, 2 * share * unit * forms.LITERAL_VISIT)
+    else:
+        operand = 4 if dtype == "f32" else 2
+        yield Stage("pack", 1, 3, logits * (4 * read + 2 * 6 * operand))
+        dense = 3 * unit
+        arithmetic = (dense, 0.0) if dtype == "f32" else (30.0 * edges, dense)
+        yield Stage("dense", 1, 3, edges * (4 + 2 * operand + 1 / 8), *arithmetic)
+        yield Stage("literal", 1, 3, edges / 8 * 2)
+        arithmetic = (4 * unit, 0.0) if dtype == "f32" else (0.0, 4 * unit)
+        yield Stage("gradients", 2, 3, edges * 4 * operand + 4.0 * 8 * logits, *arithmetic)
+    yield Stage("finish", 1, 2, logits * 4 * 4 * 2)
 
 
 def table() -> str:
-    head = (
-        "| size | logits | regime | launches and products | products (units) | one unit, µs | arithmetic, µs | "
-        "pairwise memory, µs | launches, µs | sum, µs | sum, units |"
-    )
-    return "\n".join([head, "|---|---|---|" + "---:|" * 8, *map(estimate, CALLS)])
+    names = ("prepare", "entropy", "select", "pack", "dense", "literal", "gradients", "finish")
+    lines = [
+        "| B x C | logits | form | " + " | ".join(names) + " | sum, µs | units |",
+        "|---|---|---|" + "---:|" * (len(names) + 2),
+    ]
+    for (batch, classes), dtype in SIZES:
+        found = {stage.name: stage.seconds() for stage in stages(batch, classes, dtype)}
+        total = sum(found.values())
+        unit = 2.0 * batch * classes * (batch + classes) / (FLOAT if dtype == "f32" else MATRIX)
+        cells = [f"{1e6 * found[name]:.3g}" if name in found else "" for name in names]
+        kind = "dense" if "dense" in found else "literal"
+        row = [f"{batch} x {classes}", dtype, kind, *cells, f"{1e6 * total:.3g}", f"{total / unit:.3g}"]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.roofline", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/triton.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/gpu.md")
     args = parser.parse_args()
     text = table()
     print(text)
