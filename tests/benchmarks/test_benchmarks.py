@@ -213,7 +213,7 @@ def test_a_problem_that_cannot_fit_is_out_of_memory(tmp_path):
 
 def test_running_out_of_memory_is_noticed():
     script = (
-        "import torch; from benchmarks import memory; memory.limit_address_space(2**28)\n"
+        "import torch; from benchmarks.harness import memory; memory.limit_address_space(2**28)\n"
         "try: torch.ones(2**28)\n"
         "except RuntimeError as error: assert memory.is_exhausted(error); print('noticed')"
     )

@@ -145,7 +145,10 @@ def test_a_failure_is_told_and_stops_nothing(gpu_check, broken):
 def test_a_backend_that_cannot_run_is_a_failure(gpu_check):
     done, commands = gpu_check(usable="triton")
     assert done.returncode == 1 and "cuda cannot run" in done.stdout
-    assert not any("test_cuda_gpu" in c or "sanitize cuda" in c for c in commands) and "gpu " in commands[-1]
+    assert (
+        not any("backends/cuda" in c or "sanitize cuda" in c for c in commands)
+        and "benchmarks.gpu.run " in commands[-1]
+    )
 
 
 def test_the_users_targets_and_arguments_are_kept(gpu_check):

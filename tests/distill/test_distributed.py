@@ -9,7 +9,6 @@ import pytest
 import torch
 from distill_helpers import QUICK, comparable, finish, read_log, same_weights, start
 from safetensors.torch import load_file
-from torch import nn
 
 from vrm_distill.cli import main
 from vrm_distill.data import ShardedBatches
@@ -17,12 +16,12 @@ from vrm_distill.data import ShardedBatches
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 MODULE = ["-m", "vrm_distill.cli"]
 # No batch norm, whose statistics are of each process's own share.
-PLAIN = ["--teacher=test_distill_distributed:plain", "--student=test_distill_distributed:plain", "--augment=none"]
+PLAIN = [
+    "--teacher=distill_helpers:without_batch_norm",
+    "--student=distill_helpers:without_batch_norm",
+    "--augment=none",
+]
 FEW = [*QUICK, "--baselines=alone_both", "--seeds=1"]
-
-
-def plain(num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))
 
 
 def test_shares_of_the_processes_are_the_batch_of_one():

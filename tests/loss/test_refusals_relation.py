@@ -26,9 +26,9 @@ def probs(m=M, n=N, k=K, other_k=None):
         ([(M, D), (N, D), (M, D), (N - 1, D)], r"b and teacher_b \[N, D\], got .*teacher_b \(4, 3\)"),
         ([(M, D), (N, D + 1), (M, D), (N, D + 1)], r"must be \[M, D\]"),
         ([(M, D), (N, D), (M, D + 1), (N, D + 1)], r"must be \[M, D\]"),
-        ([(0, D), (N, D), (0, D), (N, D)], "at least one vertex on each side"),
-        ([(M, D), (0, D), (M, D), (0, D)], "at least one vertex on each side"),
-        ([(M, 0), (N, 0), (M, 0), (N, 0)], "at least one vertex on each side and one dimension"),
+        ([(0, D), (N, D), (0, D), (N, D)], "at least one vertex a side"),
+        ([(M, D), (0, D), (M, D), (0, D)], "at least one vertex a side"),
+        ([(M, 0), (N, 0), (M, 0), (N, 0)], "at least one vertex a side and one dimension"),
     ],
 )
 def test_shapes(shapes, match):

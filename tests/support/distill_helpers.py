@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 # A test module that imports this one needs the extra "distill", and is skipped without it.
 for _module in ("accelerate", "datasets", "kornia", "matplotlib", "rich", "safetensors", "sklearn", "yaml"):
@@ -89,3 +90,14 @@ def same_weights(a: Path, b: Path) -> bool:
         x.dtype == second[name].dtype and x.numpy().tobytes() == second[name].numpy().tobytes()
         for name, x in first.items()
     )
+
+
+# ---- networks of one's own, by name: --student=distill_helpers:... ---------------------------------------------------
+
+
+def lazy_linear(num_classes: int, in_channels: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+
+def without_batch_norm(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))

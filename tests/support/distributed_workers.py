@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import vrm_kernels.functional as VF
 from vrm_kernels import VRMLoss, backends
 from vrm_kernels.distributed import collectives
+from vrm_kernels.distributed import loss as distributed  # noqa: F401  registers its operator
 from vrm_kernels.distributed import shares as share_module
 
 TIMEOUT = 6.0  # seconds of the groups whose processes die or stall

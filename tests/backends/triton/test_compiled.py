@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Bytes of its stack that a thread may spill. ptxas settles on a round number of registers and a few words more in any
 # kernel; the small regime's two large ones run for a few microseconds, bound by their launch.
