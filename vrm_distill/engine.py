@@ -94,18 +94,54 @@ def distillation_loss(
     virtual: Tensor,
     labels: Tensor,
     loss_fn: Callable[..., Tensor],
+    kd_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``loss_fn`` of one batch, and of a ``VRMLoss`` its terms and the kept fractions, detached; arguments as above."""
+    """The loss of one batch, and of a ``VRMLoss`` its terms and the kept fractions, detached; arguments as above.
+
+    Args:
+        virtual: of several virtual views one after the other, ``[V * B, ...]``; the loss is the mean over them.
+        kd_weight: of :func:`hinton_divergence` at temperature 4, added for each view (the mean over the virtual ones)
+            and told as the term ``kd``.
+    """
     with torch.no_grad():
         teacher_logits = both_views(teacher, real, virtual)
-    logits = both_views(student, real, virtual)
-    if not isinstance(loss_fn, VRMLoss):
-        return loss_fn(*logits, *teacher_logits, labels), {}
-    loss, terms = loss_fn(*logits, *teacher_logits, labels, return_terms=True)
-    samples, classes = logits[0].shape
-    if loss_fn.gather_distributed and torch.distributed.is_initialized():
-        samples *= torch.distributed.get_world_size(loss_fn.process_group)
-    return loss, _kept_fractions(terms, samples, classes, loss_fn.relations == "complete")
+    return loss_of_logits(both_views(student, real, virtual), teacher_logits, labels, loss_fn, kd_weight)
+
+
+def loss_of_logits(
+    logits: tuple[Tensor, Tensor],
+    teacher_logits: tuple[Tensor, Tensor],
+    labels: Tensor,
+    loss_fn: Callable[..., Tensor],
+    kd_weight: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """As :func:`distillation_loss`, of the logits of real and virtual views."""
+    real, teacher_real = logits[0], teacher_logits[0]
+    virtual, teacher_virtual = (x.split(len(real)) for x in (logits[1], teacher_logits[1]))
+    told = {"return_terms": True} if isinstance(loss_fn, VRMLoss) else {}
+    results = [loss_fn(real, s, teacher_real, t, labels, **told) for s, t in zip(virtual, teacher_virtual, strict=True)]
+    if not told:
+        loss, terms = sum(results) / len(results), {}
+    else:
+        loss = sum(loss for loss, _ in results) / len(results)
+        samples, classes = real.shape
+        if loss_fn.gather_distributed and torch.distributed.is_initialized():
+            samples *= torch.distributed.get_world_size(loss_fn.process_group)
+        terms = {name: sum(terms[name] for _, terms in results) / len(results) for name in results[0][1]}
+        terms = _kept_fractions(terms, samples, classes, loss_fn.relations == "complete")
+    if kd_weight:
+        divergence = sum(hinton_divergence(s, t) for s, t in zip(logits, teacher_logits, strict=True))
+        loss, terms = loss + kd_weight * divergence, {**terms, "kd": divergence.detach()}
+    return loss, terms
+
+
+def hinton_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """``T^2 KL(softmax(t / T) || softmax(s / T))`` of logits ``[B, C]``, the mean over B (Hinton et al.,
+    arXiv 1503.02531)."""
+    p, q = (
+        (x.to(torch.promote_types(x.dtype, torch.float32)) / temperature).log_softmax(1) for x in (student, teacher)
+    )
+    return F.kl_div(p, q, reduction="batchmean", log_target=True) * temperature**2
 
 
 def cross_entropy_loss(
@@ -114,7 +150,8 @@ def cross_entropy_loss(
     """The cross-entropy of one batch and its terms, detached; arguments as for :func:`train_alone_one_epoch`."""
     logits = (model(real),) if views == "real" else both_views(model, real, virtual)
     terms = {
-        name: F.cross_entropy(x.float(), labels, label_smoothing=label_smoothing)
+        # Several virtual views have the same labels, one after the other.
+        name: F.cross_entropy(x.float(), torch.cat([labels] * (len(x) // len(labels))), label_smoothing=label_smoothing)
         # Of one view, zip leaves out ce_virtual.
         for name, x in zip(("ce_real", "ce_virtual"), logits, strict=False)
     }

@@ -12,7 +12,7 @@ from vrm_distill.checkpoint import write_atomically
 from vrm_kernels.functional import TERM_NAMES
 
 FIELDS = (
-    *("run", "method", "seed", "epoch", "train_loss", *TERM_NAMES, "loss_share", "lr"),
+    *("run", "method", "seed", "epoch", "train_loss", *TERM_NAMES, "kd", "loss_share", "lr"),
     *("validation_accuracy", "test_accuracy", "seconds"),
 )
 

@@ -167,6 +167,9 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--relation-warmup", "epochs over which both weights grow from 0", type=number(0), metavar="EPOCHS")
     add("--percentile", "how many of the edges to keep, in percent", type=number(0, 100), metavar="P")
     add("--relations", "which edges there are", choices=checks.RELATIONS)
+    add("--normalize", "zscore: relations of logits with mean 0 and deviation 1 in each image", choices=("zscore",))
+    add("--virtual-views", "virtual views of an image, the loss being the mean over them", **count)
+    add("--kd-weight", "weight of KD's divergence at temperature 4, added for each view", type=number(0), metavar="W")
     add("--backend", "what computes the loss", choices=("auto", *backends.REGISTRY))
     add("--gather-distributed", "under torchrun: relations of the global batch, not of each process's share")
 

@@ -263,7 +263,7 @@ class _Run:
             warm = min(1.0, progress / settings.relation_warmup) if settings.relation_warmup else 1.0
             self.loss_fn.alpha, self.loss_fn.beta = settings.alpha * warm, settings.beta * warm
             with self.accelerator.autocast():
-                return distillation_loss(teacher, model, real, virtual, labels, self.loss_fn)
+                return distillation_loss(teacher, model, real, virtual, labels, self.loss_fn, settings.kd_weight)
 
         return objective
 
@@ -363,6 +363,7 @@ def make_loss(settings: Settings) -> VRMLoss:
         settings.beta,
         unreliable_pruning_percentile=settings.percentile,
         relations=settings.relations,
+        normalize=settings.normalize,
         label_smoothing=settings.label_smoothing,
         backend=settings.backend,
         gather_distributed=settings.gather_distributed,

@@ -66,7 +66,8 @@ def sentences(settings: Settings, result: Result) -> list[str]:
             f"{time.eager_share:.0%} of a step of {1e3 * time.eager_step:.2f} ms. "
         )
     said.append(
-        f"A distillation step takes {1e3 * time.step:.2f} ms{one}, the loss {1e3 * time.loss:.2f} ms of it "
+        f"A distillation step takes {1e3 * time.step:.2f} ms{one}, the teacher {1e3 * time.teacher:.2f} ms of it "
+        f"({time.teacher / time.step:.0%}), the loss {1e3 * time.loss:.2f} ms "
         f"({time.share:.0%}, backend {backend}). {eager}Medians, {settings.batch_size // settings.accumulate} samples "
         f"a batch."
     )

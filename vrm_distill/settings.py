@@ -63,6 +63,9 @@ class Settings:
     relation_warmup: float = 0.0
     percentile: float = VF.DEFAULT_PERCENTILE
     relations: str = VF.DEFAULT_RELATIONS
+    normalize: str | None = None
+    virtual_views: int = 1
+    kd_weight: float = 0.0
     backend: str = "auto"
     gather_distributed: bool = False
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vrm_distill.data import ImageData, ShardedBatches, Views, batches_loader
+from vrm_distill.engine import loss_of_logits
 from vrm_distill.settings import Settings
 from vrm_kernels.data import both_views
 from vrm_kernels.loss import VRMLoss
@@ -20,12 +21,14 @@ _EAGER_ELEMENTS = 2**28
 
 @dataclass(frozen=True)
 class StepTime:
-    """Median seconds of a training step, of its loss (forward, and backward to the logits), and of the eager loss.
+    """Median seconds of a training step, of the teacher's pass in it, of its loss (forward, and backward to the
+    logits), and of the eager loss.
 
     ``eager_loss`` is ``None`` where its pairwise tensors were too large to try.
     """
 
     step: float
+    teacher: float
     loss: float
     eager_loss: float | None
 
@@ -73,28 +76,30 @@ def time_steps(
     affordable = samples * classes * max(samples, classes) <= _EAGER_ELEMENTS
     batches = ShardedBatches(len(data.train), samples, settings.seed)
     batches = _endless(batches_loader(data.train, batches, settings.workers))
-    views = Views(data, settings.augment)
-    times: list[tuple[float, float, float]] = []
+    views = Views(data, settings.augment, settings.virtual_views)
+    times: list[tuple[float, float, float, float]] = []
     begun = time.perf_counter()
     while len(times) < warm_up + steps and (len(times) <= warm_up or time.perf_counter() - begun < seconds):
         start = _now(device)
         images, labels = (x.to(device) for x in next(batches))
         real, virtual = views(images)
+        teacher_start = _now(device)
         with torch.no_grad():
             teacher_logits = both_views(teacher, real, virtual)
+        teacher_end = _now(device)
         logits = both_views(student, real, virtual)
         loss_start = _now(device)
-        gradients = _logit_gradients(loss_fn, logits, teacher_logits, labels)
+        gradients = _logit_gradients(loss_fn, logits, teacher_logits, labels, settings.kd_weight)
         loss_end = _now(device)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(logits, gradients)
         optimizer.step()
         end = _now(device)
         if affordable:
-            _logit_gradients(eager, logits, teacher_logits, labels)
-        times.append((end - start, loss_end - loss_start, _now(device) - end))
-    step, loss, eager_loss = (statistics.median(column) for column in zip(*times[warm_up:], strict=True))
-    return StepTime(step, loss, eager_loss if affordable else None)
+            _logit_gradients(eager, logits, teacher_logits, labels, settings.kd_weight)
+        times.append((end - start, teacher_end - teacher_start, loss_end - loss_start, _now(device) - end))
+    step, teacher_pass, loss, eager = (statistics.median(column) for column in zip(*times[warm_up:], strict=True))
+    return StepTime(step, teacher_pass, loss, eager if affordable else None)
 
 
 def time_loss(loss_fn: VRMLoss, samples: int, classes: int, device: torch.device) -> float:
@@ -107,9 +112,9 @@ def time_loss(loss_fn: VRMLoss, samples: int, classes: int, device: torch.device
     return _now(device) - start
 
 
-def _logit_gradients(loss_fn, logits, teacher_logits, labels) -> list[Tensor]:
+def _logit_gradients(loss_fn, logits, teacher_logits, labels, kd_weight: float = 0.0) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in logits]
-    loss_fn(*leaves, *teacher_logits, labels).backward()
+    loss_of_logits(leaves, teacher_logits, labels, loss_fn, kd_weight)[0].backward()
     return [x.grad for x in leaves]
 
 

@@ -78,7 +78,7 @@ class Trainer:
             accelerator.num_processes,
             settings.accumulate,
         )
-        self.views = Views(data, settings.augment)
+        self.views = Views(data, settings.augment, settings.virtual_views)
         self.average = None
         if settings.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from vrm_kernels import backends, ops
 
 RELATIONS = ("inter_view", "complete")
+NORMALIZATIONS = (None, "zscore")
 
 
 def check_settings(
@@ -16,6 +17,7 @@ def check_settings(
     percentile: float,
     delta: float,
     relations: str,
+    normalize: str | None,
     label_smoothing: float,
     backend: str,
 ) -> None:
@@ -27,6 +29,8 @@ def check_settings(
     check_range("label_smoothing", label_smoothing, 0.0, 1.0)
     if relations not in RELATIONS:
         raise ValueError(f"relations must be one of {', '.join(map(repr, RELATIONS))}, got {relations!r}")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZATIONS))}, got {normalize!r}")
     backends.check_name(backend)
 
 

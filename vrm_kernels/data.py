@@ -51,13 +51,13 @@ class DualViewDataset(Dataset):
 
 
 def both_views(model: nn.Module, real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``model`` gives for both views; in one pass if they are of one shape, so that batch norm sees them together.
+    """What ``model`` gives for both views; in one pass if the images are of one size: batch norm sees them together.
 
     Args:
         model: gives one tensor ``[N, ...]`` for images ``[N, ...]``, logits ``[N, C]`` for instance.
-        real, virtual: the images of the two views.
+        real, virtual: the images of the two views; of several virtual views one after the other, ``[V * B, ...]``.
     """
-    if real.shape != virtual.shape:
+    if real.shape[1:] != virtual.shape[1:]:
         return model(real), model(virtual)
-    output_real, output_virtual = model(torch.cat((real, virtual))).chunk(2)
+    output_real, output_virtual = model(torch.cat((real, virtual))).split((len(real), len(virtual)))
     return output_real, output_virtual

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vrm_kernels import backends, checks, ops
 from vrm_kernels.graph import pruning
+from vrm_kernels.graph.constants import RELATION_EPS
 
 DEFAULT_PERCENTILE = 30.0
 DEFAULT_DELTA = 1.0
@@ -30,6 +31,7 @@ def vrm_loss(
     *,
     delta: float = DEFAULT_DELTA,
     relations: str = DEFAULT_RELATIONS,
+    normalize: str | None = None,
     label_smoothing: float = 0.0,
     backend: str = "auto",
     gather_distributed: bool = False,
@@ -59,7 +61,9 @@ def vrm_loss(
         RuntimeError: a backend, asked for by name, that cannot run here; a second derivative through a backend other
             than ``reference``.
     """
-    checks.check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
+    checks.check_settings(
+        alpha, beta, unreliable_pruning_percentile, delta, relations, normalize, label_smoothing, backend
+    )
     named = {
         "logits_student_real": logits_student_real,
         "logits_student_virtual": logits_student_virtual,
@@ -91,6 +95,8 @@ def vrm_loss(
         else torch.zeros((), dtype=dtype, device=x.device)
         for x, wanted in ((logits_student_real, ce_loss_on_real), (logits_student_virtual, ce_loss_on_virtual))
     ]
+    if normalize == "zscore":
+        named = {name: _zscore(x.to(dtype)) for name, x in named.items()}
     if group is None:
         loss, relation_terms, kept = ops.vrm_graphs(*named.values(), **settings)
     else:
@@ -106,6 +112,11 @@ def vrm_loss(
         return loss
     terms = (*(x.detach() for x in cross_entropies), *relation_terms.detach().unbind(), *kept.unbind())
     return loss, dict(zip(TERM_NAMES, terms, strict=True))
+
+
+def _zscore(logits: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 in each row."""
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, correction=0, keepdim=True) + RELATION_EPS)
 
 
 def _global_terms(named, labels, cross_entropies, group, settings, agreed):

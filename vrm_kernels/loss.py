@@ -22,6 +22,8 @@ class VRMLoss(nn.Module):
         delta: Huber threshold on a component of the relation difference, > 0.
         relations: ``"inter_view"`` (edges between a real and a virtual view) or ``"complete"`` (both views in one
             vertex set, so that real-real and virtual-virtual edges count too).
+        normalize: ``"zscore"`` gives both graphs, pruning included, each sample's logits with mean 0 and standard
+            deviation 1 (as arXiv 2403.01803 does for KD); the cross-entropies see the logits. ``None``: the logits.
         label_smoothing: passed to the cross-entropies, in [0, 1].
         backend: ``"auto"`` or a name that :func:`vrm_kernels.backends.describe` lists.
         gather_distributed: compute the loss of the global batch over ``process_group``, the same on every process. Its
@@ -48,6 +50,7 @@ class VRMLoss(nn.Module):
         *,
         delta: float = VF.DEFAULT_DELTA,
         relations: str = VF.DEFAULT_RELATIONS,
+        normalize: str | None = None,
         label_smoothing: float = 0.0,
         backend: str = "auto",
         gather_distributed: bool = False,
@@ -62,12 +65,15 @@ class VRMLoss(nn.Module):
         self.unreliable_pruning_percentile = unreliable_pruning_percentile
         self.delta = delta
         self.relations = relations
+        self.normalize = normalize
         self.label_smoothing = label_smoothing
         self.backend = backend
         self.gather_distributed = gather_distributed
         self.process_group = process_group
         self.check_finite = check_finite
-        checks.check_settings(alpha, beta, unreliable_pruning_percentile, delta, relations, label_smoothing, backend)
+        checks.check_settings(
+            alpha, beta, unreliable_pruning_percentile, delta, relations, normalize, label_smoothing, backend
+        )
 
     def forward(
         self,
@@ -92,6 +98,7 @@ class VRMLoss(nn.Module):
             self.unreliable_pruning_percentile,
             delta=self.delta,
             relations=self.relations,
+            normalize=self.normalize,
             label_smoothing=self.label_smoothing,
             backend=self.backend,
             gather_distributed=self.gather_distributed,
@@ -106,6 +113,7 @@ class VRMLoss(nn.Module):
             f"ce_loss_on_virtual={self.ce_loss_on_virtual}, "
             f"unreliable_pruning_percentile={self.unreliable_pruning_percentile}, delta={self.delta}, "
             f"relations={self.relations!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
+            + (f", normalize={self.normalize!r}" if self.normalize else "")
             + (", gather_distributed=True" if self.gather_distributed else "")
             + (", check_finite=True" if self.check_finite else "")
         )

@@ -37,7 +37,7 @@ def test_signature_is_the_documented_one():
     ]  # fmt: skip
     keywords = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert keywords == {
-        "delta": 1.0, "relations": "inter_view", "label_smoothing": 0.0, "backend": "auto",
+        "delta": 1.0, "relations": "inter_view", "normalize": None, "label_smoothing": 0.0, "backend": "auto",
         "gather_distributed": False, "process_group": None, "check_finite": False,
     }  # fmt: skip
     function = inspect.signature(VF.vrm_loss).parameters

@@ -27,14 +27,15 @@ AUGMENTATIONS = ("auto", "affine", "crop", "resized_crop", "none")
 
 
 class Views(nn.Module):
-    """A batch of images to its two views, both normalised: ``(real, virtual)``, float32.
+    """A batch of images to its views, all normalised: ``(real, virtual)``, float32.
 
     ``affine`` (grey images): small rotations and shifts; ``crop``: CIFAR's crop of the image padded by an eighth, and a
     flip; ``resized_crop``: ImageNet's crop of any scale, and a flip. The virtual view adds RandAugment, two operations
-    of magnitude 15; with ``none`` both views are the images.
+    of magnitude 15; with ``none`` all views are the images. Of ``virtual_views`` for each image the second ones follow
+    all the first ones: ``[virtual_views * B, ...]``.
     """
 
-    def __init__(self, data: ImageData, kind: str = "auto") -> None:
+    def __init__(self, data: ImageData, kind: str = "auto", virtual_views: int = 1) -> None:
         import kornia.augmentation as K
         from kornia.augmentation.auto import RandAugment
 
@@ -56,20 +57,23 @@ class Views(nn.Module):
         # The affine view is a light one of its own; the crops come before RandAugment, as in the papers that use both.
         self.real = nn.Sequential(*geometry())
         self.virtual = nn.Sequential(*([] if kind == "affine" else geometry()), *strong)
-        self.data = data
+        self.data, self.virtual_views = data, virtual_views
 
     @torch.no_grad()
     def forward(self, images: Tensor, virtual: bool = True) -> tuple[Tensor, Tensor]:
         images = to_unit(images)
         # The real view first: it is then the same whether or not the virtual one is drawn after it.
         real = self.data.normalized(self.real(images))
-        return real, self.data.normalized(self.virtual(images)) if virtual else real
+        if not virtual:
+            return real, real
+        return real, self.data.normalized(torch.cat([self.virtual(images) for _ in range(self.virtual_views)]))
 
 
 def mixup(real: Tensor, virtual: Tensor, labels: Tensor, classes: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
     """Mixup (arXiv 1710.09412), with the same partners and the same weight in both views.
 
     Args:
+        real, virtual: ``[B, ...]`` and ``[V * B, ...]``.
         labels: class indices ``[B]``.
         alpha: of the Beta(alpha, alpha) that one weight for the batch is drawn from; torch's global generator draws.
 
@@ -79,4 +83,8 @@ def mixup(real: Tensor, virtual: Tensor, labels: Tensor, classes: int, alpha: fl
     weight = torch.distributions.Beta(alpha, alpha).sample().item()
     partner = torch.randperm(labels.shape[0]).to(labels.device)
     targets = nn.functional.one_hot(labels, classes).float()
-    return tuple(weight * x + (1 - weight) * x[partner] for x in (real, virtual, targets))
+
+    def mixed(x: Tensor) -> Tensor:
+        return torch.cat([weight * part + (1 - weight) * part[partner] for part in x.split(len(labels))])
+
+    return mixed(real), mixed(virtual), mixed(targets)
