@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint clean
+.PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint docs docs-serve clean
 
 distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.cpu.run $(ARGS)
 	$(BIN)/python -m benchmarks.report.plot
 	$(BIN)/python -m benchmarks.report.table
+	$(BIN)/python -m benchmarks.report.summary
 	$(BIN)/python -m benchmarks.cpu.stages
 
 bench-quick: $(READY)
@@ -70,5 +71,16 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The documentation site, into site/; a broken link or an unknown name is an error. docs-serve shows it as it is written.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/python -m mkdocs serve $(ARGS)
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info vrm_kernels/_[Cc]*.so vrm_kernels/_build_report.py vrm_kernels/_cuda_report.py
+	rm -rf $(VENV) build site *.egg-info vrm_kernels/_[Cc]*.so vrm_kernels/_build_report.py vrm_kernels/_cuda_report.py

@@ -21,7 +21,7 @@ PICTURES = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.page", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="?", default=environment.ROOT / compare.RESULTS / compare.CSV)
     parser.add_argument("--page", type=Path, default=environment.ROOT / "docs" / "compare.md")
     args = parser.parse_args(arguments)

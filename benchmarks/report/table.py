@@ -1,4 +1,4 @@
-"""The README's measured tables, from a results file: ``python -m benchmarks.report.table [CSV]``.
+"""The CPU tables of docs/benchmarks.md, from a results file: ``python -m benchmarks.report.table [CSV]``.
 
 Rewrites what stands between ``<!-- bench:begin -->`` and ``<!-- bench:end -->``, and nothing else.
 """
@@ -14,6 +14,7 @@ from benchmarks.harness.peers import PEERS
 from benchmarks.harness.problem import INPUTS, elements
 from benchmarks.harness.records import Row
 
+PAGE = environment.ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 SCALING_CLASSES = 100
 SCALING_FROM = 2048
@@ -67,10 +68,10 @@ def times(results: Results) -> str:
     hero = results.hero
 
     def row(size):
-        cells = [_cell(results.get(peer, size), lambda r: _time(r["time_ms"])) for peer in PEERS]
+        cells = [cell(results.get(peer, size), lambda r: time(r["time_ms"])) for peer in PEERS]
         mine = results.get(hero, size)
-        ratios = [_ratio(results.get(peer, size), mine) for peer in ("eager", "eager+compile")]
-        return [*cells, *ratios, _cell(mine, _units)]
+        ratios = [ratio(results.get(peer, size), mine) for peer in ("eager", "eager+compile")]
+        return [*cells, *ratios, cell(mine, _units)]
 
     head = [
         *(f"`{peer}`" for peer in PEERS),
@@ -78,14 +79,14 @@ def times(results: Results) -> str:
         "against eager+compile",
         f"`{hero}`, GEMM units",
     ]
-    return _table(head, results.sizes, row)
+    return table(head, results.sizes, row)
 
 
 def memories(results: Results) -> str:
     def row(size):
-        return [_cell(results.get(peer, size), lambda r: _mebibytes(r["peak_mb"])) for peer in PEERS]
+        return [cell(results.get(peer, size), lambda r: _mebibytes(r["peak_mb"])) for peer in PEERS]
 
-    return _table([f"`{peer}`" for peer in PEERS], results.sizes, row)
+    return table([f"`{peer}`" for peer in PEERS], results.sizes, row)
 
 
 def conditions(results: Results) -> str:
@@ -96,14 +97,14 @@ def conditions(results: Results) -> str:
         trained, eager = (results.get(peer, size, inputs="trained") for peer in (hero, "eager"))
         rows = (results.get(hero, size), results.get(hero, size, "forward"), trained)
         return [
-            *(_cell(r, lambda r: _time(r["time_ms"])) for r in rows),
-            _ratio(eager, trained),
-            *(_cell(r, _units) for r in rows[:1]),
-            _cell(rows[0], lambda r: _mebibytes(r["peak_mb"])),
+            *(cell(r, lambda r: time(r["time_ms"])) for r in rows),
+            ratio(eager, trained),
+            *(cell(r, _units) for r in rows[:1]),
+            cell(rows[0], lambda r: _mebibytes(r["peak_mb"])),
         ]
 
     head = ["random", "random, forward alone", "trained", "trained, against eager", "random, GEMM units", "peak MiB"]
-    return _table(head, sizes, row)
+    return table(head, sizes, row)
 
 
 def scaling(results: Results) -> Iterable[str]:
@@ -123,47 +124,47 @@ def scaling(results: Results) -> Iterable[str]:
     if results.threads > 1:
         for size in results.sizes:
             one, many = (results.get(hero, size, threads=n) for n in (1, results.threads))
-            if _ok(one) and _ok(many):
+            if ok(one) and ok(many):
                 yield (
-                    f"From 1 to {results.threads} threads, `{hero}` at {_name(size)} is "
+                    f"From 1 to {results.threads} threads, `{hero}` at {name(size)} is "
                     f"{one['time_ms'] / many['time_ms']:.2f} times as fast."
                 )
 
 
-def rewrite(readme: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put ``text`` between the markers of ``readme``.
+def rewrite(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put ``text`` between the markers of ``page``.
 
     Raises:
         ValueError: they are not there once each, in their order.
     """
-    old = readme.read_text()
+    old = page.read_text()
     if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
-        raise ValueError(f"{readme} must have one line {begin} and, after it, one line {end}")
+        raise ValueError(f"{page} must have one line {begin} and, after it, one line {end}")
     before, rest = old.split(begin)
-    readme.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
 
 
-def _table(head: list[str], sizes: Iterable[tuple[int, int]], row: Callable[[tuple[int, int]], list[str]]) -> str:
-    lines = [["B x C", *head], ["---", *["---:"] * len(head)], *([_name(size), *row(size)] for size in sizes)]
+def table(head: list[str], sizes: Iterable[tuple[int, int]], row: Callable[[tuple[int, int]], list[str]]) -> str:
+    lines = [["B x C", *head], ["---", *["---:"] * len(head)], *([name(size), *row(size)] for size in sizes)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _name(size: tuple[int, int]) -> str:
+def name(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"
 
 
-def _ok(row: Row | None) -> bool:
+def ok(row: Row | None) -> bool:
     return row is not None and row["status"] == "ok"
 
 
-def _cell(row: Row | None, shown: Callable[[Row], str]) -> str:
+def cell(row: Row | None, shown: Callable[[Row], str]) -> str:
     """A result that is not a number is shown as what it is."""
     if row is None:
         return ""
-    return shown(row) if _ok(row) else row["status"]
+    return shown(row) if ok(row) else row["status"]
 
 
-def _time(milliseconds: float) -> str:
+def time(milliseconds: float) -> str:
     return f"{_three(milliseconds / 1e3)} s" if milliseconds >= 1e3 else f"{_three(milliseconds)} ms"
 
 
@@ -175,8 +176,8 @@ def _units(row: Row) -> str:
     return "" if row["gemm_units"] is None else _three(row["gemm_units"])
 
 
-def _ratio(slow: Row | None, fast: Row | None) -> str:
-    if not (_ok(slow) and _ok(fast)):
+def ratio(slow: Row | None, fast: Row | None) -> str:
+    if not (ok(slow) and ok(fast)):
         return ""
     return f"{_three(slow['time_ms'] / fast['time_ms'])}x"
 
@@ -191,15 +192,15 @@ def _three(value: float) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report.table", description=__doc__)
     parser.add_argument("csv", type=Path, nargs="?", help="default: the newest under benchmarks/results")
-    parser.add_argument("--readme", type=Path, default=environment.ROOT / "README.md")
+    parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args(arguments)
     source = (args.csv or records.newest(environment.RESULTS)).resolve()
-    relative = Path(os.path.relpath(source, args.readme.resolve().parent)).as_posix()
+    relative = Path(os.path.relpath(source, args.page.resolve().parent)).as_posix()
     try:
-        rewrite(args.readme, render(Results(records.read(source), relative)))
+        rewrite(args.page, render(Results(records.read(source), relative)))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{args.readme}: tables from {source.name}")
+    print(f"{args.page}: tables from {source.name}")
 
 
 if __name__ == "__main__":

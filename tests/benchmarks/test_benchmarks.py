@@ -14,7 +14,7 @@ from benchmarks.cpu import run
 from benchmarks.harness import environment, memory, oracle, peers, problem, records
 from benchmarks.harness.measure import call_once, failure, measure, start
 from benchmarks.harness.problem import MODES, Case
-from benchmarks.report import compare, table
+from benchmarks.report import compare, summary, table
 
 MEMORY = 4 * 2**30
 PROBLEM = Case("torch", 12, 7, threads=1)
@@ -293,13 +293,13 @@ def results(tmp_path) -> Path:
     return written(tmp_path / "cpu-x.csv", rows)
 
 
-def test_the_readme_table(results, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{table.BEGIN}\nstale\n{table.END}\n\ntail\n")
-    table.main([str(results), "--readme", str(readme)])
-    once = readme.read_text()
-    table.main([str(results), "--readme", str(readme)])
-    assert readme.read_text() == once
+def test_the_page_of_tables(results, tmp_path, capsys):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"# Title\n\n{table.BEGIN}\nstale\n{table.END}\n\ntail\n")
+    table.main([str(results), "--page", str(page)])
+    once = page.read_text()
+    table.main([str(results), "--page", str(page)])
+    assert page.read_text() == once
     assert once.startswith(f"# Title\n\n{table.BEGIN}\n") and once.endswith(f"{table.END}\n\ntail\n")
     assert "stale" not in once
     assert "| 64 x 100 | 400 ms | 90.0 ms | 500 ms | 20.0 ms | 21.0 ms | 2.00 ms | 200x | 45.0x | 5.00 |" in once
@@ -312,13 +312,34 @@ def test_the_readme_table(results, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text", ["nothing", f"{table.BEGIN}", f"{table.END} {table.BEGIN}", table.BEGIN * 2 + table.END]
 )
-def test_a_readme_without_its_markers_is_left_alone(text, results, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+def test_a_page_without_its_markers_is_left_alone(text, results, tmp_path, capsys):
+    page = tmp_path / "benchmarks.md"
+    page.write_text(text)
     with pytest.raises(SystemExit):
-        table.main([str(results), "--readme", str(readme)])
-    assert readme.read_text() == text
+        table.main([str(results), "--page", str(page)])
+    assert page.read_text() == text
     assert "must have one line" in capsys.readouterr().err
+
+
+def test_the_rows_of_readme_and_the_gpu_table(results, tmp_path, capsys):
+    gpu = {"threads": 1, "commit": "abc", "gpu": "a GPU", "date": "2031-01-02 00:00:00"}
+    both = {**gpu, "time_ms": 4.0, "replay_ms": 0.5}
+    lines = [
+        result(Case("eager", 64, 100), **{**both, "time_ms": 8.0}),
+        result(Case("cuda", 64, 100), **both),
+        result(Case("cuda", 4096, 1000), **gpu, status="too slow", note="not run: out of time"),
+    ]
+    records.append(tmp_path / "gpu-new.csv", lines, records.GPU_COLUMNS)
+    older = result(Case("cuda", 64, 100), **{**both, "commit": "old", "date": "2030-01-02 00:00:00", "time_ms": 99.0})
+    records.append(tmp_path / "gpu-old.csv", [older], records.GPU_COLUMNS)
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    readme.write_text("\n".join(summary.ROWS))
+    page.write_text("\n".join(summary.GPU))
+    summary.main(["--results", str(tmp_path), "--readme", str(readme), "--page", str(page)])
+    assert "| 64 x 100 | 400 ms | 2.00 ms | 200x | 8.00 ms | 4.00 ms | 2.00x |" in readme.read_text()
+    assert "| 4096 x 1000 |  |  |  |  |  |  |" in readme.read_text()
+    assert "| 64 x 100 | 8.00 ms / 0.50 ms | 4.00 ms / 0.50 ms |" in page.read_text()
+    assert "gpu-new.csv](gpu-new.csv)" in page.read_text() and "gpu-old" not in page.read_text()
 
 
 def test_compare_says_what_changed(tmp_path, capsys):
