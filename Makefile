@@ -23,7 +23,7 @@ distill: $(READY)
 compare: $(READY)
 	$(BIN)/python -m benchmarks.methods.train $(ARGS)
 
-test: $(VENV)/.adapters
+test: $(VENV)/.adapters $(VENV)/triton-3.6
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
@@ -65,6 +65,11 @@ $(VENV)/.adapters: $(READY)
 	    "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')" \
 	    || echo "The libraries of the extra 'adapters' could not be installed: their tests will be skipped."
 	touch $@
+
+# The oldest Triton that is supported, beside the newest: for tests/backends/triton/test_compiled.py alone.
+$(VENV)/triton-3.6: $(VENV)/.tools
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ "triton==3.6.*" \
+	    || echo "Triton 3.6 could not be installed: the tests that compile with it will be skipped."
 
 lint: $(READY)
 	$(BIN)/python -m pip install --quiet ruff

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to: registers, spills and shared memory of each, for GPUs that are not here.
+"""What the Triton kernels compile to, for GPUs that are not here: registers, spills and shared memory, and faults.
 
 ``python -m benchmarks.gpu.triton_kernels`` prints the table; ``--write`` puts it into docs/triton.md. The kernels and
 their meta-parameters are those of real calls, recorded on tensors without data instead of being launched.
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -21,9 +22,10 @@ import torch
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu.triton_faults import faults
 from benchmarks.report.table import rewrite
 from vrm_kernels.backends.triton import backend as triton_backend
 from vrm_kernels.backends.triton import blocks, fused, large, plan, prepare, select
@@ -201,13 +203,61 @@ def _launch(kernel: JITFunction, args: tuple, options: dict) -> Launch:
     return Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
 
 
-def compile_launch(launch: Launch, target: Target) -> Resources:
+def source_of(launch: Launch) -> ASTSource:
     kernel = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
     attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
-    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
-    compiled = triton.compile(source, target=target.gpu, options=dict(launch.options))
+    return ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
+
+
+def compile_launch(launch: Launch, target: Target) -> tuple[Resources, list[str]]:
+    """What it needs, and what is wrong with it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        compiled = triton.compile(source_of(launch), target=target.gpu, options=dict(launch.options))
     used = _of_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
-    return Resources(*used, compiled.metadata.shared)
+    found = faults(compiled.asm["ttir"], compiled.asm["ttgir"], dict(launch.constants).get("PRECISION"))
+    return Resources(*used, compiled.metadata.shared), found + [str(warning.message) for warning in told]
+
+
+class _Lowered(Exception):
+    pass
+
+
+def faults_of(source: ASTSource, target: Target, options: dict, precision: str | None = None) -> list[str]:
+    """What is wrong with a kernel, which is compiled as far as that takes: not to machine code."""
+    texts = {}
+    backend = type(make_backend(target.gpu))
+    add_stages = backend.add_stages
+
+    def kept(name, stage):
+        def run(module, metadata):
+            module = stage(module, metadata)
+            texts[name] = str(module)
+            return module
+
+        return run
+
+    def stop(module, metadata):
+        raise _Lowered
+
+    def first_stages(self, stages, *args):
+        add_stages(self, stages, *args)
+        stages |= {name: kept(name, stages[name]) for name in ("ttir", "ttgir")} | {"llir": stop}
+
+    with (
+        warnings.catch_warnings(record=True) as told,
+        contextlib.suppress(_Lowered),
+        mock.patch.object(backend, "add_stages", first_stages),
+        tempfile.TemporaryDirectory() as folder,  # what was compiled before would not pass through the stages
+        mock.patch.dict(os.environ, TRITON_CACHE_DIR=folder),
+    ):
+        warnings.simplefilter("always")
+        triton.compile(source, target=target.gpu, options=options)
+    return faults(texts["ttir"], texts["ttgir"], precision) + [str(warning.message) for warning in told]
+
+
+def faults_of_launch(launch: Launch, target: Target) -> list[str]:
+    return faults_of(source_of(launch), target, dict(launch.options), dict(launch.constants).get("PRECISION"))
 
 
 def _of_cubin(cubin: bytes) -> tuple[int, int]:
@@ -225,12 +275,12 @@ def _of_amdgcn(text: str) -> tuple[int, int]:
     return found["vgpr_count"], 4 * found["vgpr_spill_count"]
 
 
-def compile_all(targets=TARGETS, workers: int = 2) -> Iterator[tuple[Launch, Target, Resources]]:
-    """Every launch for every target, compiled in ``workers`` processes."""
+def compile_all(targets=TARGETS, workers: int = 2, what=compile_launch) -> Iterator[tuple[Launch, Target, object]]:
+    """Every launch for every target, compiled in ``workers`` processes: what ``what`` says of it."""
     jobs = [(launch, target) for target in targets for launch in recorded(nvidia=target.backend == "cuda")]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (launch, target), resources in zip(jobs, pool.map(compile_launch, *zip(*jobs, strict=True)), strict=True):
-            yield launch, target, resources
+        for (launch, target), result in zip(jobs, pool.map(what, *zip(*jobs, strict=True)), strict=True):
+            yield launch, target, result
 
 
 def table(rows: list[tuple[Launch, Target, Resources]]) -> str:
@@ -260,8 +310,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     rows = []
-    for launch, target, resources in compile_all(workers=args.workers):
+    for launch, target, (resources, found) in compile_all(workers=args.workers):
         rows.append((launch, target, resources))
+        for fault in found:
+            print(f"{target.name} {launch.label}: {fault}", flush=True)
         if args.all:
             print(
                 f"{target.name:8}{resources.registers:5}{resources.spilled:6}{resources.shared:8}  {launch.label}",

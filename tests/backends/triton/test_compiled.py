@@ -1,4 +1,5 @@
-"""Every Triton kernel, with the meta-parameters it ships with, compiled for GPUs that are not here."""
+"""Every Triton kernel, with the meta-parameters it ships with, compiled for GPUs that are not here: what it needs of
+the device, and faults that the interpreter cannot show, by the Triton that is installed and by the oldest supported."""
 
 import json
 import os
@@ -10,47 +11,105 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+OLDEST = "3.6"  # `make test` puts it there
+VERSIONS = {"installed": None, OLDEST: ROOT / ".venv" / f"triton-{OLDEST}"}
 # Bytes of its stack that a thread may spill. ptxas settles on a round number of registers and a few words more in any
 # kernel; the small regime's two large ones run for a few microseconds, bound by their launch.
 SPILLS_ALLOWED = {"gradients": 32, "edges": 48}
 FEW = 16
 FLOAT64_SPILLS_ALLOWED = {"epilogue": 128}  # twice the registers a number; not a dtype that anyone trains in
 
-PROGRAM = """
+LIMITS = """
 import json
 from benchmarks.gpu import triton_kernels
 
 if __name__ == "__main__":
-    targets = [t for t in triton_kernels.TARGETS if t.name in {names!r}]
-    for launch, target, used in triton_kernels.compile_all(targets, {workers}):
-        print(json.dumps([launch.kernel, launch.label, used.registers, used.spilled, used.shared, target.shared]))
+    targets = [t for t in triton_kernels.TARGETS if t.name == {target!r}]
+    for launch, target, (used, faults) in triton_kernels.compile_all(targets, {workers}):
+        needs = used.registers, used.spilled, used.shared
+        print(json.dumps([launch.kernel, launch.label, *needs, target.shared, faults]))
 """
+FAULTS = """
+import json, triton
+from benchmarks.gpu import triton_kernels
+
+if __name__ == "__main__":
+    assert triton.__version__.startswith({oldest!r}), triton.__version__
+    targets = [t for t in triton_kernels.TARGETS if t.name == {target!r}]
+    for launch, _, faults in triton_kernels.compile_all(targets, {workers}, triton_kernels.faults_of_launch):
+        print(json.dumps([launch.kernel, launch.label, faults]))
+"""
+PLANTED = """
+import json, sys
+sys.path.insert(0, {folder!r})
+import planted
+from triton.compiler import ASTSource
+from benchmarks.gpu import triton_kernels
+
+def faults_of(kernel, target):
+    known = {{"m": "i32", "n": "i32", "depth": "i32", "histogram": "*i32"}}
+    kinds = {{name: known.get(name, "*fp32") for name in kernel.arg_names}}
+    options = {{"num_warps": 4, "enable_fp_fusion": True}}
+    return triton_kernels.faults_of(ASTSource(kernel, kinds, {{}}), target, options)
+
+for target in triton_kernels.TARGETS:
+    for kernel, told in planted.FAULTY.items():
+        print(json.dumps([kernel.__name__, target.name, told, faults_of(kernel, target)]))
+    for kernel in planted.RIGHT:
+        print(json.dumps([kernel.__name__, target.name, None, faults_of(kernel, target)]))
+print(json.dumps(["mislaid mask", "as text", "mask lies in", triton_kernels.faults("", planted.MISLAID)]))
+"""
+WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1)
+
+
+def run(tmp_path, program: str, version: str = "installed", **values) -> list[list]:
+    """What ``program`` prints, in a process of its own: in this one Triton's interpreter or a driver may be active."""
+    folder = VERSIONS[version]
+    if folder is not None and not folder.exists():
+        pytest.skip(f"Triton {version} is not in {folder}: `make test` installs it")
+    path = tmp_path / "program.py"
+    path.write_text(program.format(workers=WORKERS, **values))
+    paths = [ROOT] if folder is None else [folder, ROOT]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-W", "ignore", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def assert_complete(names, target: str) -> None:
+    kernels = {*"prepare pack split entropy histogram count finish edges gradients total epilogue combine".split()}  # noqa: SIM905
+    if target == "gfx942":  # its matrix units take float32 as it is
+        kernels.remove("split")
+    assert {name.removesuffix("_kernel") for name in names} == kernels
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_within_the_devices_limits(target, tmp_path):
-    """In a process of its own, since this one may have Triton's interpreter or a GPU driver active."""
-    program = tmp_path / "compile_matrix.py"
-    program.write_text(PROGRAM.format(names=[target], workers=min(4, os.cpu_count() or 1)))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    kernels = {*"prepare pack split entropy histogram count finish edges gradients total epilogue combine".split()}  # noqa: SIM905
-    if target == "gfx942":  # its matrix units take float32 as it is
-        kernels.remove("split")
-    assert {row[0].removesuffix("_kernel") for row in rows} == kernels
-    for kernel, label, registers, spilled, shared, limit in rows:
+    rows = run(tmp_path, LIMITS, target=target)
+    assert_complete((row[0] for row in rows), target)
+    for kernel, label, registers, spilled, shared, limit, faults in rows:
         assert 0 < registers <= 512
         table = FLOAT64_SPILLS_ALLOWED if "fp64" in label else SPILLS_ALLOWED
         allowed = table.get(kernel.removesuffix("_kernel"), FEW)
         assert spilled <= allowed, f"{label} spills {spilled} bytes a thread on {target}"
         assert shared <= limit, f"{label} needs {shared} bytes of shared memory on {target}, of {limit}"
+        assert not faults, f"{label} on {target}: {faults}"
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_oldest_triton_makes_no_fault_of_them(target, tmp_path):
+    rows = run(tmp_path, FAULTS, OLDEST, target=target, oldest=OLDEST)
+    assert_complete((row[0] for row in rows), target)
+    for _, label, faults in rows:
+        assert not faults, f"{label} on {target}: {faults}"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_planted_faults_are_recognised(version, tmp_path):
+    for name, target, told, faults in run(tmp_path, PLANTED, version, folder=str(Path(__file__).parent)):
+        if told is None:
+            assert not faults, f"{name} on {target} is right: {faults}"
+        else:
+            assert any(told in fault for fault in faults), f"{name} on {target}: {faults}"

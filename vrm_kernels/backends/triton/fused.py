@@ -18,14 +18,13 @@ from vrm_kernels.backends.triton.edge import (
     vertex_offset,
     wide,
 )
-from vrm_kernels.backends.triton.select import BINS, count_digits, kept_edges, to_key
+from vrm_kernels.backends.triton.select import kept_edges
 
 
 @triton.jit
 def _entropy(
-    tile, probs, surprisals, m, n, depth, samples, classes, entropies, histogram,
-    BY_CLASS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, DIGITS_SHIFT: tl.constexpr, DIGITS_WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    tile, probs, surprisals, m, n, depth, samples, classes, entropies,
+    BY_CLASS: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = probs.dtype.element_ty
     across = tl.cdiv(n, BLOCK)
@@ -39,34 +38,26 @@ def _entropy(
         p = tl.load(probs + a[:, None] + k[None] * stride, (i < m)[:, None] & (k < depth)[None], 0.0)
         s = tl.load(surprisals + b[None] + k[:, None] * stride, (j < n)[None] & (k < depth)[:, None], 0.0)
         total = tl.dot(p, s, total, input_precision=PRECISION)
-    edge = (i < m)[:, None] & (j < n)[None]
-    tl.store(entropies + wide(i)[:, None] * n + j[None], total, edge)
-    if EXCLUDE_SELF:
-        edge = edge & (i[:, None] != j[None])
-    key = tl.reshape(to_key(total), [BLOCK * BLOCK])
-    count_digits(histogram, key, tl.reshape(edge, [BLOCK * BLOCK]), DIGITS_SHIFT, DIGITS_WIDTH)
+    tl.store(entropies + wide(i)[:, None] * n + j[None], total, (i < m)[:, None] & (j < n)[None])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def entropy_kernel(
     probs, surprisals,  # [.., C] stacked: of side a, and of side b on
-    entropies, histograms,  # out [m, n] of each graph; in/out [graphs, passes, 2, 2048]
+    entropies,  # out [m, n] of each graph
     m_0, n_0, depth_0, m_1, n_1, depth_1, samples, classes, tiles_0,
-    PASSES: tl.constexpr, DIGITS_SHIFT: tl.constexpr, DIGITS_WIDTH: tl.constexpr, EXCLUDE_SELF: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The joint entropies of all edges, and the first pass of the selection. One program a tile."""
+    """The joint entropies of all edges; one program a tile."""
     tile = tl.program_id(0)
     if tile < tiles_0:
         _entropy(
-            tile, probs, surprisals, m_0, n_0, depth_0, samples, classes, entropies, histograms,
-            False, EXCLUDE_SELF, DIGITS_SHIFT, DIGITS_WIDTH, PRECISION, BLOCK, DEPTH,
+            tile, probs, surprisals, m_0, n_0, depth_0, samples, classes, entropies, False, PRECISION, BLOCK, DEPTH,
         )  # fmt: skip
     else:
         _entropy(
             tile - tiles_0, probs, surprisals, m_1, n_1, depth_1, samples, classes,
-            entropies + wide(m_0) * n_0, histograms + PASSES * 2 * BINS,
-            True, EXCLUDE_SELF, DIGITS_SHIFT, DIGITS_WIDTH, PRECISION, BLOCK, DEPTH,
+            entropies + wide(m_0) * n_0, True, PRECISION, BLOCK, DEPTH,
         )  # fmt: skip
 
 
@@ -116,7 +107,7 @@ def _edges(
         tl.load(scale) * RELATION_EPS, KEEP_ALL,
     )  # fmt: skip
     total = tl.sum(loss, 1)
-    any_literal = tl.max(tl.reshape(literal, [BLOCK * BLOCK]).to(tl.int32), 0)
+    any_literal = tl.max(tl.max(literal.to(tl.int32), 1), 0)
     if NEED_GRAD:
         tl.store(coefficients + at, beta, inside_a & inside_b)
         tl.store(coefficients + wide(m) * n + at, gamma, inside_a & inside_b)

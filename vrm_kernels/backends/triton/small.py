@@ -16,22 +16,20 @@ def run(problem: Problem, need_grad: bool, ranked: bool, prepared: Prepared) -> 
 
 
 def select(problem: Problem, prepared: Prepared) -> Selection:
-    """The entropies of all edges and the thresholds: five launches."""
+    """The entropies of all edges and the thresholds: six launches."""
     first, last = problem.graphs[0], problem.graphs[-1]
     sizes = [g.m * g.n for g in problem.graphs]
     entropies = problem.new(sum(sizes))
     selector = Selector(problem, prepared, [problem.edge_count(g) for g in problem.graphs], prepared.histograms)
     tiles = [_tiles(g, plan.ENTROPY["BLOCK"]) for g in problem.graphs]
-    shift, width = selector.digits[0]
     depth = prepared.probs.shape[1]
     entropy_kernel[(sum(tiles),)](
-        prepared.probs, prepared.surprisals, entropies, prepared.histograms,
+        prepared.probs, prepared.surprisals, entropies,
         first.m, first.n, depth, last.m, last.n, problem.samples, problem.samples, depth, tiles[0],
-        PASSES=len(selector.digits), DIGITS_SHIFT=shift, DIGITS_WIDTH=width, EXCLUDE_SELF=problem.exclude_self,
         PRECISION=problem.precision.dot, **plan.ENTROPY,
     )  # fmt: skip
     blocks = [Block(x, g.m, g.n, g.n) for x, g in zip(entropies.split(sizes), problem.graphs, strict=True)]
-    for number in range(1, len(selector.digits)):
+    for number in range(len(selector.digits)):
         selector.count(number, blocks)
     selection = selector.finish()
     return Selection(selection.threshold, selection.limits, selection.counts, entropies)
