@@ -4,6 +4,7 @@
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
 # make gpu-check FOLDER=results   on a machine with a GPU and PYTHON's own torch and Triton: test and measure, 10 minutes
 # make build     compile the extension again after a change under csrc/
+# make lint types docs   formatters, type checks, the documentation site
 #
 # Everything is installed into .venv. PYTHON=python3.12 picks the interpreter; TORCH="torch==2.12.0" the torch to install;
 # TORCH= (empty) takes a torch that the interpreter already has.
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py
 
-.PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint docs docs-serve clean
+.PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint types docs docs-serve clean
 
 distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
@@ -71,20 +72,24 @@ $(VENV)/triton-3.6: $(VENV)/.tools
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ "triton==3.6.*" \
 	    || echo "Triton 3.6 could not be installed: the tests that compile with it will be skipped."
 
-lint: $(READY)
-	$(BIN)/python -m pip install --quiet ruff
+# What a change must pass besides the tests. The tools are those of the dependency group "dev".
+lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
 
 # The documentation site, into site/; a broken link or an unknown name is an error. docs-serve shows it as it is written.
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	$(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
 
-docs-serve: $(VENV)/.docs
+docs-serve: $(VENV)/.dev
 	$(BIN)/python -m mkdocs serve $(ARGS)
 
-$(VENV)/.docs: $(READY)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[docs]"
+$(VENV)/.dev: $(VENV)/.tools
+	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
 clean:
