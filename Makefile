@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := $(shell find csrc -type f) setup.py
+SOURCES := $(shell find csrc -type f) setup.py $(wildcard tools/*.py)
 
 .PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint types docs docs-serve clean
 
@@ -48,10 +48,10 @@ build: $(READY)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
 
-# The extension compiles against the torch it will run with, so torch comes first and the build is not isolated.
+# The extensions need torch's headers: with the torch that is here the build need not be isolated.
 $(VENV)/.tools: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" wheel pybind11 ninja
+	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" ninja
 	touch $@
 
 $(READY): $(VENV)/.tools $(SOURCES)
@@ -93,4 +93,4 @@ $(VENV)/.dev: $(VENV)/.tools
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site *.egg-info vrm_kernels/_[Cc]*.so vrm_kernels/_build_report.py vrm_kernels/_cuda_report.py
+	rm -rf $(VENV) build site *.egg-info vrm_kernels/_[Cc]*.so vrm_kernels/_build.json

@@ -1,98 +1,52 @@
-"""Decides whether the extension ``vrm_kernels._cuda`` can be built, and how. Used by setup.py."""
+"""Decides whether the extension ``vrm_kernels._cuda`` can be built, and how. Used by build_extensions.py."""
 
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "csrc" / "cuda"
-REPORT = ROOT / "vrm_kernels" / "_cuda_report.py"
 CHOICE = "VRM_KERNELS_CUDA"  # of the build alone: "0" leaves it out, "1" makes its absence an error
 DEFAULT_TARGETS = (80, 90, 100)  # of NVIDIA's numbering; the last one's PTX serves what comes after
 FLAGS = {"cxx": ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-fvisibility=hidden"], "nvcc": ["-O3", "-lineinfo"]}
 
 
-class Required(RuntimeError):
-    """The build was told to have the extension, and cannot."""
+class CannotBuild(Exception):
+    """Why an extension is left out."""
 
 
-def extensions() -> list:
-    """The extension, or none, having said why. Needs no GPU, and looks for no toolkit beside a CPU build of torch."""
+def extension(name: str, abi3: bool):
+    """The extension, or :class:`CannotBuild`. Needs no GPU, and looks for no toolkit beside a CPU build of torch."""
     choice = os.environ.get(CHOICE, "")
     if choice not in ("", "0", "1"):
         raise ValueError(f"{CHOICE} must be 0, 1 or unset, not {choice!r}")
-    modules, reason = ([], f"the build was told to leave it out ({CHOICE}=0)") if choice == "0" else _find()
-    if reason:
-        leave_out(reason)
-    else:
-        _report("")
-    return modules
-
-
-def is_cuda(extension) -> bool:
-    return extension.name.endswith("._cuda")
-
-
-def leave_out(reason: str) -> None:
-    """Says so, or raises where the build was told to have it."""
-    if os.environ.get(CHOICE) == "1":
-        raise Required(f"{CHOICE}=1 asks for the CUDA extension, which cannot be built: {reason}")
-    _report(reason)
-
-
-def attempt(build_extension, extension, build_lib: str) -> None:
-    """Builds it with setuptools' own ``build_extension``; a failure leaves the rest of the package installable."""
+    if choice == "0" or os.environ.get("VRM_KERNELS_NO_EXTENSION"):
+        switch = f"{CHOICE}=0" if choice == "0" else "VRM_KERNELS_NO_EXTENSION"
+        raise CannotBuild(f"the build was told to leave it out ({switch})")
     try:
-        build_extension(extension)
-    except Exception as error:  # whatever a toolchain fails with
-        give_up(error, build_lib)
-        extension.optional = True  # setuptools then does not miss the file
-
-
-def give_up(error: Exception, build_lib: str) -> None:
-    """After ``error``, which ended its build: says so, or raises where the build was told to have the extension."""
-    if os.environ.get(CHOICE) == "1":
-        raise Required(f"{CHOICE}=1 asks for the CUDA extension, whose build failed: {error}") from error
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    copied = Path(build_lib, "vrm_kernels", REPORT.name)
-    _report(f"nvcc failed: {lines[0] if lines else type(error).__name__}", *([copied] if copied.exists() else []))
-
-
-def _report(reason: str, *copies: Path) -> None:
-    """Leaves the reason where describe() finds it, and says it."""
-    for path in (REPORT, *copies):
-        path.write_text(
-            '"""Written by setup.py: why vrm_kernels._cuda is missing; empty where it was built."""\n\n'
-            f"REASON = {reason!r}\n"
-        )
-    if reason:
-        print(f"vrm_kernels: the backend `cuda` was left out: {reason}", file=sys.stderr)
-
-
-def _find() -> tuple[list, str]:
-    import torch
-    from torch.utils import cpp_extension
-
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise CannotBuild(f"torch is needed to build it and is not installed here ({error})") from error
     if torch.version.cuda is None:
-        return [], f"this torch ({torch.__version__}) is a {'ROCm' if torch.version.hip else 'CPU'} build"
-
+        raise CannotBuild(f"this torch ({torch.__version__}) is a {'ROCm' if torch.version.hip else 'CPU'} build")
     nvcc = compiler_of(cpp_extension.CUDA_HOME)
     if nvcc is None:
-        return [], f"no CUDA toolkit: torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit"
-    # torch refuses another major version too, but only once the build of everything has begun.
-    toolkit = re.search(r"release (\d+)\.(\d+)", _output_of(nvcc, "--version"))
+        raise CannotBuild(
+            f"no CUDA toolkit: torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit"
+        )
+    # torch refuses another major version too, but less plainly.
+    toolkit = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     if toolkit and int(toolkit[1]) != int(torch.version.cuda.split(".")[0]):
         found = f"the toolkit in {cpp_extension.CUDA_HOME} is CUDA {toolkit[1]}.{toolkit[2]}"
-        return [], f"{found} and torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit"
-    sources = [str((FOLDER / name).relative_to(ROOT)) for name in ("binding.cpp", "relation_graphs.cu")]
-    depends = [str(p.relative_to(ROOT)) for pattern in ("*.h", "*.cuh") for p in FOLDER.glob(pattern)]
+        raise CannotBuild(f"{found} and torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit")
+    sources = [str(path.relative_to(ROOT)) for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.cu")))]
     flags = {**FLAGS, "nvcc": FLAGS["nvcc"] + target_flags(nvcc)}
-    module = cpp_extension.CUDAExtension(
-        "vrm_kernels._cuda", sources, depends=[*depends, "csrc/edge.h"], extra_compile_args=flags
+    macros = [("USE_CUDA", None)]  # opens the part of the stable ABI that is CUDA's
+    return cpp_extension.CUDAExtension(
+        name, sources, extra_compile_args=flags, define_macros=macros, py_limited_api=abi3
     )
-    return [module], ""
 
 
 def compiler_of(toolkit: str | None, system: str = os.name) -> Path | None:
@@ -101,8 +55,12 @@ def compiler_of(toolkit: str | None, system: str = os.name) -> Path | None:
     return nvcc if toolkit and nvcc.exists() else None
 
 
-def _output_of(*command) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def output_of(nvcc: Path | str, *arguments: str) -> str:
+    try:
+        return subprocess.run([nvcc, *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+        raise CannotBuild(f"{nvcc} {' '.join(arguments)} fails: {said[0] if said else error}") from error
 
 
 def target_flags(nvcc: Path | str) -> list[str]:
@@ -110,7 +68,10 @@ def target_flags(nvcc: Path | str) -> list[str]:
     but the default targets that this toolkit knows."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
-    known = {int(number) for number in re.findall(r"sm_(\d+)\b", _output_of(nvcc, "--list-gpu-code"))}
+    known = {int(number) for number in re.findall(r"sm_(\d+)\b", output_of(nvcc, "--list-gpu-code"))}
     targets = [number for number in DEFAULT_TARGETS if number in known]
+    if not targets:
+        wanted = ", ".join(f"sm_{number}" for number in DEFAULT_TARGETS)
+        raise CannotBuild(f"{nvcc} compiles for none of {wanted}; set TORCH_CUDA_ARCH_LIST to the GPU that is meant")
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in targets]
     return [*flags, f"-gencode=arch=compute_{targets[-1]},code=compute_{targets[-1]}"]

@@ -16,7 +16,7 @@ from benchmarks.harness.problem import ALPHA, BETA, PERCENTILE, Case, make_input
 from benchmarks.report import table
 
 SIZES = ((64, 100), (256, 100), (512, 100), (128, 1000), (1024, 1000), (4096, 100))
-STAGES = ("center", "pack", "entropy", "threshold", "edges", "gradient")
+STAGES = ("center", "pack", "entropy", "threshold", "edges", "gradient")  # in the order of csrc/cpu/stages.h
 # Least work in units of one fused multiply-add a component of every edge: the entropy is one product; a kept edge takes
 # three dot products and four additions of a multiple of a vector. The rest touches no edge.
 FLOORS = {"entropy": 1.0, "edges": 7 * PERCENTILE / 100}
@@ -25,7 +25,6 @@ PAGE = environment.ROOT / "docs" / "cpu.md"
 
 def measure(batch: int, classes: int, threads: int, seconds: float) -> dict[str, float]:
     """Median milliseconds of every stage of forward + backward (both graphs), of the whole call, and the GEMM unit."""
-    from vrm_kernels import _C
     from vrm_kernels.backends.cpp import backend as cpp_backend
 
     case = Case("cpp", batch, classes, threads=threads)
@@ -42,11 +41,12 @@ def measure(batch: int, classes: int, threads: int, seconds: float) -> dict[str,
     unit = gemm_unit(case, seconds, 2**34)
     end = time.perf_counter() + seconds
     while len(samples) < 5 or time.perf_counter() < end:
-        _C.take_stage_seconds()
+        torch.ops.vrm_kernels.cpu_take_stage_seconds()
         start = time.perf_counter()
         call()
         total = time.perf_counter() - start
-        samples.append({**_C.take_stage_seconds(), "total": total})
+        stages = torch.ops.vrm_kernels.cpu_take_stage_seconds()
+        samples.append({**dict(zip(STAGES, stages, strict=True)), "total": total})
     unit = min(unit, gemm_unit(case, seconds, 2**34))
     median = {name: sorted(s[name] for s in samples)[len(samples) // 2] * 1e3 for name in samples[0]}
     return {**median, "gemm_unit": unit}

@@ -1,49 +1,53 @@
 // The CPU operators: arguments to the kernels' own structures, and the schemas.
+#include "../stable.h"
 #include "relation_graph.h"
 #include "select.h"
-#include "team.h"
+#include "stages.h"
 
-#include <ATen/Parallel.h>
-
-#include <torch/library.h>
-
-#include <limits>
+#include <stdexcept>
+#include <string>
 #include <tuple>
+#include <vector>
 
 namespace vrm {
 namespace {
 
-using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-// Float64 if any input is, else float32; dense, so that one stride of each matrix is 1.
-at::ScalarType compute_type(at::TensorList tensors) {
-  for (const Tensor& x : tensors)
-    if (x.scalar_type() == at::kDouble) return at::kDouble;
-  return at::kFloat;
+// Of one dtype, and dense, so that one stride of each matrix is 1.
+Tensor prepare(const Tensor& x, ScalarType type) {
+  const Tensor y = convert(x, type);
+  return y.stride(1) == 1 || y.stride(0) == 1 ? y : torch::stable::contiguous(y);
 }
 
-Tensor prepare(const Tensor& x, at::ScalarType type) {
-  const Tensor y = x.to(type);
-  return y.stride(1) == 1 || y.stride(0) == 1 ? y : y.contiguous();
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+template <class T> Strided<T> rows_of(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)};
+}
+template <class T> Strided<T> columns_of(const Tensor& x) {
+  return {x.const_data_ptr<T>(), x.stride(1), x.stride(0)};
 }
 
-template <class T> Strided<T> rows_of(const Tensor& x) { return {x.const_data_ptr<T>(), x.stride(0), x.stride(1)}; }
-template <class T> Strided<T> columns_of(const Tensor& x) { return {x.const_data_ptr<T>(), x.stride(1), x.stride(0)}; }
+template <class T> Tensor scalar(const Tensor& like, T value) {
+  const Tensor x = empty_like<T>(like, {});
+  *x.mutable_data_ptr<T>() = value;
+  return x;
+}
 
-Tensor log_probs(const Tensor& probs) { return at::add(probs, kEntropyEps).log_(); }
-
-Tensor scalar(double value, at::ScalarType type) { return at::scalar_tensor(value, at::TensorOptions().dtype(type)); }
-
-Tensor zero_grad(const Tensor& x, bool needed) {
-  return needed ? at::zeros(x.sizes(), x.options()) : at::empty({0}, x.options());
+template <class T> Tensor zero_grad(const Tensor& x, bool needed) {
+  if (!needed) return empty_like<T>(x, {0});
+  Tensor grad = empty_like<T>(x, {x.size(0), x.size(1)});
+  check(aoti_torch_zero_(grad.get()));
+  return grad;
 }
 
 // P and log(P' + 1e-7), or nothing; kept alive by the caller.
-template <class T> void rank_by(GraphInput<T>& input, const Tensor& probs, const Tensor& logs) {
-  input.keep_all = !probs.defined();
+template <class T> void rank_by(GraphInput<T>& input, const OptionalTensor& probs, const OptionalTensor& logs) {
+  input.keep_all = !probs.has_value();
   if (input.keep_all) return;
-  input.depth = probs.size(1);
-  input.probs = rows_of<T>(probs), input.log_probs = rows_of<T>(logs);
+  input.depth = probs->size(1);
+  input.probs = rows_of<T>(*probs), input.log_probs = rows_of<T>(*logs);
 }
 
 template <class T> void describe(GraphInput<T>& input, const Tensor& a, const Tensor& b, const Tensor& teacher_a,
@@ -55,38 +59,37 @@ template <class T> void describe(GraphInput<T>& input, const Tensor& a, const Te
   input.exclude_self = exclude_self, input.need_grad = need_grad;
   input.delta = delta, input.weight = 1;
   if (!need_grad) return;
-  input.grad_a = {grad_a.template mutable_data_ptr<T>(), nullptr, input.rows, grad_a.stride(0), grad_a.stride(1)};
-  input.grad_b = {grad_b.template mutable_data_ptr<T>(), nullptr, input.columns, grad_b.stride(0), grad_b.stride(1)};
+  input.grad_a = {grad_a.mutable_data_ptr<T>(), nullptr, input.rows, grad_a.stride(0), grad_a.stride(1)};
+  input.grad_b = {grad_b.mutable_data_ptr<T>(), nullptr, input.columns, grad_b.stride(0), grad_b.stride(1)};
 }
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
-                                                          const Tensor& teacher_b, const Tensor& probs,
-                                                          const Tensor& log_probs, int64_t rank, double lerp_weight,
+                                                          const Tensor& teacher_b, const OptionalTensor& probs,
+                                                          const OptionalTensor& logs, int64_t rank, double lerp_weight,
                                                           double delta, bool exclude_self, bool need_grad) {
-  const auto grad_a = zero_grad(a, need_grad), grad_b = zero_grad(b, need_grad);
+  const Tensor grad_a = zero_grad<T>(a, need_grad), grad_b = zero_grad<T>(b, need_grad);
   GraphInput<T> input{};
   describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, exclude_self, need_grad);
-  rank_by(input, probs, log_probs);
+  rank_by(input, probs, logs);
   input.rank = rank, input.lerp_weight = lerp_weight;
   const GraphResult result = run_graphs<T>({input})[0];
-  return {scalar(result.loss, a.scalar_type()), grad_a, grad_b, scalar(static_cast<double>(result.kept), at::kLong)};
+  return {scalar<T>(a, static_cast<T>(result.loss)), grad_a, grad_b, scalar<int64_t>(a, result.kept)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, const Tensor& b,
                                                               const Tensor& teacher_a, const Tensor& teacher_b,
-                                                              const std::optional<Tensor>& probs_a,
-                                                              const std::optional<Tensor>& probs_b, int64_t rank,
+                                                              const OptionalTensor& probs_a,
+                                                              const OptionalTensor& probs_b, int64_t rank,
                                                               double lerp_weight, double delta, bool exclude_self,
                                                               bool need_grad) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const auto type = compute_type({a, b, teacher_a, teacher_b});
-  Tensor p, l;
+  const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
+  OptionalTensor p, l;
   if (probs_a.has_value()) {
     p = prepare(*probs_a, type);
-    l = prepare(log_probs(probs_b->to(type)), type);
+    l = prepare(log_of(convert(*probs_b, type), kEntropyEps), type);
   }
-  const auto run = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
+  const auto run = type == ScalarType::Double ? relation_graph<double> : relation_graph<float>;
   return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, rank,
              lerp_weight, delta, exclude_self, need_grad);
 }
@@ -94,93 +97,70 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, c
 template <class T> Tensor joint_entropy(const Tensor& probs, const Tensor& logs) {
   const int64_t rows = probs.size(0), columns = logs.size(0), pad = kEntropyPad;
   const int64_t stride = (columns + pad - 1) / pad * pad;
-  const Tensor h = at::empty({rows + pad, stride}, probs.options());
-  joint_entropy<T>(rows_of<T>(probs), rows_of<T>(logs), rows, columns, probs.size(1),
-                   h.mutable_data_ptr<T>(), stride);
-  return h.narrow(0, 0, rows).narrow(1, 0, columns);
+  Tensor h = empty_like<T>(probs, {rows + pad, stride});
+  joint_entropy<T>(rows_of<T>(probs), rows_of<T>(logs), rows, columns, probs.size(1), h.mutable_data_ptr<T>(), stride);
+  h = torch::stable::narrow(h, 0, 0, rows);
+  return torch::stable::narrow(h, 1, 0, columns);
 }
 
 Tensor cpu_joint_entropy(const Tensor& probs_a, const Tensor& log_probs_b) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const auto type = compute_type({probs_a, log_probs_b});
+  const auto type = compute_type({&probs_a, &log_probs_b});
   const Tensor p = prepare(probs_a, type), l = prepare(log_probs_b, type);
-  return type == at::kDouble ? joint_entropy<double>(p, l) : joint_entropy<float>(p, l);
+  return type == ScalarType::Double ? joint_entropy<double>(p, l) : joint_entropy<float>(p, l);
 }
 
-// Of a matrix with dense rows.
 template <class T>
-void count_matrix(const Tensor& x, int64_t prefix, int64_t shift, int64_t bits, int64_t* counts) {
-  const T* data = x.const_data_ptr<T>();
-  const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0), size = int64_t{1} << bits;
-  const int64_t parts = at::in_parallel_region() || rows * columns < 16 * size ? 1 : at::get_num_threads();
-  std::vector<std::vector<int64_t>> partial(parts, std::vector<int64_t>(size, 0));
-  Team::run(parts, [&](Team& team) {
-    team.for_each(parts, [&](int64_t part) {
-      std::vector<int32_t> few(kCountSets * size, 0);
-      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-      const int64_t most = std::max<int64_t>(1, (int64_t{1} << 30) / columns);  // rows that cannot overflow a count
-      for (int64_t i = begin; i < end; ++i) {
-        count_digits(data + i * stride, columns, prefix, static_cast<int>(shift), static_cast<int>(bits), few.data());
-        if (i + 1 < end && (i + 1 - begin) % most != 0) continue;
-        for (int64_t d = 0; d < kCountSets * size; ++d) partial[part][d % size] += few[d];
-        few.assign(few.size(), 0);
-      }
-    });
-  });
-  for (const auto& of_part : partial)
-    for (int64_t d = 0; d < size; ++d) counts[d] += of_part[d];
+void count_prefixes(const Tensor& x, const int64_t* prefixes, int64_t n, int64_t shift, int64_t bits, int64_t* counts) {
+  for (int64_t p = 0; p < n; ++p, counts += int64_t{1} << bits) {
+    if (p > 0 && prefixes[p] == prefixes[p - 1]) {
+      std::copy(counts - (int64_t{1} << bits), counts, counts);
+    } else {
+      count_matrix(x.const_data_ptr<T>(), x.size(0), x.size(1), x.stride(0), prefixes[p], static_cast<int>(shift),
+                   static_cast<int>(bits), counts);
+    }
+  }
 }
 
 Tensor cpu_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor rows = x.stride(1) == 1 ? x : x.contiguous(), wanted = prefixes.contiguous();
-  const Tensor counts = at::zeros({wanted.size(0), int64_t{1} << bits}, wanted.options());
-  const auto run = rows.scalar_type() == at::kDouble ? count_matrix<double> : count_matrix<float>;
-  const int64_t* prefix = wanted.const_data_ptr<int64_t>();
-  for (int64_t p = 0; p < wanted.size(0); ++p) {
-    int64_t* of_prefix = counts.mutable_data_ptr<int64_t>() + (p << bits);
-    if (p > 0 && prefix[p] == prefix[p - 1]) {
-      std::copy(of_prefix - (int64_t{1} << bits), of_prefix, of_prefix);
-    } else {
-      run(rows, prefix[p], shift, bits, of_prefix);
-    }
-  }
+  const Tensor rows = x.stride(1) == 1 ? x : torch::stable::contiguous(x), wanted = dense(prefixes);
+  const int64_t n = wanted.size(0);
+  const Tensor counts = empty_like<int64_t>(wanted, {n, int64_t{1} << bits});
+  check(aoti_torch_zero_(counts.get()));
+  const auto run = rows.scalar_type() == ScalarType::Double ? count_prefixes<double> : count_prefixes<float>;
+  run(rows, wanted.const_data_ptr<int64_t>(), n, shift, bits, counts.mutable_data_ptr<int64_t>());
   return counts;
 }
 
 template <class T>
 Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                      const Tensor& probs, const Tensor& logs, const Tensor& entropy, const Tensor& grad_a,
-                      const Tensor& grad_b, double threshold, int64_t kept, double edges, double weight, double delta,
+                      const OptionalTensor& probs, const OptionalTensor& logs, const OptionalTensor& entropy,
+                      const Tensor& grad_a, const Tensor& grad_b, double threshold, int64_t kept, double edges, double weight, double delta,
                       bool exclude_self, bool need_grad) {
   GraphInput<T> input{};
   describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, exclude_self, need_grad);
   rank_by(input, probs, logs);
-  if (entropy.defined()) {
+  if (entropy.has_value()) {  // of cpu_joint_entropy, which left room behind every row
     input.keep_all = false;
-    input.entropy = entropy.const_data_ptr<T>(), input.entropy_stride = entropy.stride(0);
+    input.entropy = entropy->const_data_ptr<T>(), input.entropy_stride = entropy->stride(0);
   }
   input.weight = weight;
   input.share = true, input.edges = edges, input.threshold = threshold, input.kept = kept;
-  return scalar(run_graphs<T>({input})[0].loss, a.scalar_type());
+  return scalar<T>(a, static_cast<T>(run_graphs<T>({input})[0].loss));
 }
 
 // The caller's gradients are added to: those of many shares end in one matrix.
 Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                          const std::optional<Tensor>& probs_a, const std::optional<Tensor>& log_probs_b,
-                          const std::optional<Tensor>& entropy, Tensor& grad_a, Tensor& grad_b, double threshold,
+                          const OptionalTensor& probs_a, const OptionalTensor& log_probs_b,
+                          const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b, double threshold,
                           int64_t kept, double edges, double weight, double delta, bool exclude_self, bool need_grad) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const auto type = compute_type({a, b, teacher_a, teacher_b});
-  Tensor p, l, h;
-  if (entropy.has_value()) {
-    h = *entropy;  // of cpu_joint_entropy, which left room behind every row
-  } else if (probs_a.has_value()) {
+  const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
+  OptionalTensor p, l;
+  if (!entropy.has_value() && probs_a.has_value()) {
     p = prepare(*probs_a, type);
     l = prepare(*log_probs_b, type);
   }
-  const auto run = type == at::kDouble ? relation_share<double> : relation_share<float>;
-  return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, h, grad_a,
+  const auto run = type == ScalarType::Double ? relation_share<double> : relation_share<float>;
+  return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, entropy, grad_a,
              grad_b, threshold, kept, edges, weight, delta, exclude_self, need_grad);
 }
 
@@ -188,16 +168,17 @@ using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
-                const Tensor& teacher_virtual, double alpha, double beta, at::IntArrayRef ranks,
-                at::ArrayRef<double> lerp_weights, bool keep_all, double delta, bool complete, bool need_grad) {
+                const Tensor& teacher_virtual, double alpha, double beta, const std::vector<int64_t>& ranks,
+                const std::vector<double>& lerp_weights, bool keep_all, double delta, bool complete, bool need_grad) {
   const int64_t samples = student_real.size(0), classes = student_real.size(1);
-  const auto grad_real = zero_grad(student_real, need_grad), grad_virtual = zero_grad(student_virtual, need_grad);
-  Tensor p_real, p_virtual, l_real, l_virtual;
+  const Tensor grad_real = zero_grad<T>(student_real, need_grad);
+  const Tensor grad_virtual = zero_grad<T>(student_virtual, need_grad);
+  OptionalTensor p_real, p_virtual, l_real, l_virtual;
   if (!keep_all) {
-    p_real = at::softmax(student_real, 1);
-    p_virtual = at::softmax(student_virtual, 1);
-    l_virtual = log_probs(p_virtual);
-    if (complete) l_real = log_probs(p_real);
+    p_real = softmax(student_real);
+    p_virtual = softmax(student_virtual);
+    l_virtual = log_of(*p_virtual, kEntropyEps);
+    if (complete) l_real = log_of(*p_real, kEntropyEps);
   }
   std::vector<Tensor> alive;
   std::vector<GraphInput<T>> inputs;
@@ -205,12 +186,8 @@ Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const
     const bool by_class = graph == 1;
     // One side's matrix: the first view's or the second's, or both views' vertices in one set.
     const auto side = [&](const Tensor& real, const Tensor& virtual_view, bool second) {
-      if (!real.defined() && !virtual_view.defined()) return Strided<T>{};
-      Tensor x = second ? virtual_view : real;
-      if (complete) {
-        x = at::cat({real, virtual_view}, by_class ? 1 : 0);
-        alive.push_back(x);
-      }
+      if (complete) alive.push_back(aten("aten::cat", "", std::vector{real, virtual_view}, int64_t{by_class}));
+      const Tensor& x = complete ? alive.back() : second ? virtual_view : real;
       return by_class ? columns_of<T>(x) : rows_of<T>(x);
     };
     GraphInput<T> input{};
@@ -223,13 +200,13 @@ Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const
     input.teacher_b = complete ? input.teacher_a : side(teacher_real, teacher_virtual, true);
     input.keep_all = keep_all;
     if (!keep_all) {
-      input.probs = side(p_real, p_virtual, false);
-      input.log_probs = side(complete ? l_real : l_virtual, l_virtual, true);
+      input.probs = side(*p_real, *p_virtual, false);
+      input.log_probs = side(complete ? *l_real : *l_virtual, *l_virtual, true);
     }
     input.exclude_self = complete, input.need_grad = need_grad;
     input.rank = ranks[graph], input.lerp_weight = lerp_weights[graph];
     input.delta = delta, input.weight = by_class ? beta : alpha;
-    T *real = grad_real.template mutable_data_ptr<T>(), *virtual_view = grad_virtual.template mutable_data_ptr<T>();
+    T *real = grad_real.mutable_data_ptr<T>(), *virtual_view = grad_virtual.mutable_data_ptr<T>();
     const int64_t vertex_stride = by_class ? 1 : classes, dim_stride = by_class ? classes : 1;
     input.grad_a = {real, virtual_view, vertices, vertex_stride, dim_stride};
     input.grad_b = {virtual_view, nullptr, vertices, vertex_stride, dim_stride};
@@ -237,24 +214,23 @@ Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const
     inputs.push_back(input);
   }
   const auto results = run_graphs<T>(inputs);
-  const auto terms = at::empty({2}, student_real.options());
-  const auto kept = at::empty({2}, at::TensorOptions().dtype(at::kLong));
+  const Tensor terms = empty_like<T>(student_real, {2}), kept = empty_like<int64_t>(student_real, {2});
   for (int graph = 0; graph < 2; ++graph) {
-    terms.template mutable_data_ptr<T>()[graph] = static_cast<T>(results[graph].loss);
-    kept.template mutable_data_ptr<int64_t>()[graph] = results[graph].kept;
+    terms.mutable_data_ptr<T>()[graph] = static_cast<T>(results[graph].loss);
+    kept.mutable_data_ptr<int64_t>()[graph] = results[graph].kept;
   }
-  const auto type = student_real.scalar_type();
-  return {scalar(alpha * results[0].loss + beta * results[1].loss, type), grad_real, grad_virtual, terms, kept};
+  const double loss = alpha * results[0].loss + beta * results[1].loss;
+  return {scalar<T>(student_real, static_cast<T>(loss)), grad_real, grad_virtual, terms, kept};
 }
 
 Five cpu_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
-                    const Tensor& teacher_virtual, double alpha, double beta, at::IntArrayRef ranks,
-                    at::ArrayRef<double> lerp_weights, bool keep_all, double delta, bool complete, bool need_grad) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const auto type = compute_type({student_real, student_virtual, teacher_real, teacher_virtual});
-  const auto dense = [type](const Tensor& x) { return x.to(type).contiguous(); };
-  const auto run = type == at::kDouble ? vrm_graphs<double> : vrm_graphs<float>;
-  return run(dense(student_real), dense(student_virtual), dense(teacher_real), dense(teacher_virtual), alpha, beta,
+                    const Tensor& teacher_virtual, double alpha, double beta, const std::vector<int64_t>& ranks,
+                    const std::vector<double>& lerp_weights, bool keep_all, double delta, bool complete,
+                    bool need_grad) {
+  const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
+  const auto given = [type](const Tensor& x) { return dense(convert(x, type)); };
+  const auto run = type == ScalarType::Double ? vrm_graphs<double> : vrm_graphs<float>;
+  return run(given(student_real), given(student_virtual), given(teacher_real), given(teacher_virtual), alpha, beta,
              ranks, lerp_weights, keep_all, delta, complete, need_grad);
 }
 
@@ -268,18 +244,37 @@ template <class T> void quantiles(const Tensor& x, const Tensor& below, const Te
 }
 
 Tensor cpu_quantile(const Tensor& x, const Tensor& below, const Tensor& weight) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor values = x.contiguous(), ranks = below.contiguous(), weights = weight.contiguous();
-  const Tensor low = at::empty_like(ranks, values.options()), high = at::empty_like(low);
-  const auto run = values.scalar_type() == at::kDouble ? quantiles<double> : quantiles<float>;
+  const Tensor values = dense(x), ranks = dense(below), weights = dense(weight);
+  const Tensor low = torch::stable::empty_like(weights), high = torch::stable::empty_like(weights);
+  const auto run = values.scalar_type() == ScalarType::Double ? quantiles<double> : quantiles<float>;
   run(values, ranks, weights, low, high);
-  return at::lerp(low, high, weights);
+  return aten("aten::lerp", "Tensor", low, high, weights);
+}
+
+std::string cpu_isa() { return current_isa(); }
+
+void cpu_select_isa(const std::string& isa) {
+  if (!select_isa(isa.c_str())) throw std::invalid_argument("this processor does not run '" + isa + "'");
+}
+
+void cpu_set_edges_form(const std::string& form) {
+  if (form != "measured" && form != "kept_only" && form != "dense")
+    throw std::invalid_argument("the form is 'measured', 'kept_only' or 'dense', not '" + form + "'");
+  set_edges_form(form == "dense"       ? EdgesForm::dense
+                 : form == "kept_only" ? EdgesForm::kept_only
+                                       : EdgesForm::measured);
+}
+
+std::vector<double> cpu_take_stage_seconds() {
+  std::vector<double> seconds;
+  for (auto& nanoseconds : stage_nanoseconds) seconds.push_back(1e-9 * static_cast<double>(nanoseconds.exchange(0)));
+  return seconds;
 }
 
 }  // namespace
 }  // namespace vrm
 
-TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def(
       "cpu_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
       "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad) "
@@ -292,16 +287,28 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def("cpu_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
   m.def(
       "cpu_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, "
-      "Tensor? log_probs_b, Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, float edges, float weight, "
-      "float delta, bool exclude_self, bool need_grad) -> Tensor");
+      "Tensor? log_probs_b, Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, "
+      "float edges, float weight, float delta, bool exclude_self, bool need_grad) -> Tensor");
   m.def("cpu_quantile(Tensor x, Tensor below, Tensor weight) -> Tensor");
+  // The instruction set that the kernels use; for tests: use "avx512", "avx2" or "portable", or "" for the best.
+  m.def("cpu_isa() -> str");
+  m.def("cpu_select_isa(str isa) -> ()");
+  m.def("cpu_set_edges_form(str form) -> ()");  // for tests and measurements: how the edges are visited from now on
+  m.def("cpu_take_stage_seconds() -> float[]");  // in each of stages.h since the last call, summed over graphs
 }
 
-TORCH_LIBRARY_IMPL(vrm_kernels, CPU, m) {
-  m.impl("cpu_relation_graph", vrm::cpu_relation_graph);
-  m.impl("cpu_vrm_graphs", vrm::cpu_vrm_graphs);
-  m.impl("cpu_joint_entropy", vrm::cpu_joint_entropy);
-  m.impl("cpu_count_digits", vrm::cpu_count_digits);
-  m.impl("cpu_relation_share", vrm::cpu_relation_share);
-  m.impl("cpu_quantile", vrm::cpu_quantile);
+STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CPU, m) {
+  m.impl("cpu_relation_graph", TORCH_BOX(&vrm::cpu_relation_graph));
+  m.impl("cpu_vrm_graphs", TORCH_BOX(&vrm::cpu_vrm_graphs));
+  m.impl("cpu_joint_entropy", TORCH_BOX(&vrm::cpu_joint_entropy));
+  m.impl("cpu_count_digits", TORCH_BOX(&vrm::cpu_count_digits));
+  m.impl("cpu_relation_share", TORCH_BOX(&vrm::cpu_relation_share));
+  m.impl("cpu_quantile", TORCH_BOX(&vrm::cpu_quantile));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&vrm::cpu_isa));
+  m.impl("cpu_select_isa", TORCH_BOX(&vrm::cpu_select_isa));
+  m.impl("cpu_set_edges_form", TORCH_BOX(&vrm::cpu_set_edges_form));
+  m.impl("cpu_take_stage_seconds", TORCH_BOX(&vrm::cpu_take_stage_seconds));
 }

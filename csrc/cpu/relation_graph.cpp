@@ -10,12 +10,10 @@
 
 #include "arena.h"
 #include "entropy.h"
+#include "runtime.h"
 #include "select.h"
 #include "stages.h"
 #include "team.h"
-
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
 
 #include <atomic>
 #include <cmath>
@@ -102,6 +100,7 @@ template <class T> class GraphRun {
 
   // Matrix products over every edge cost less than visiting the kept ones when most are kept: see docs/cpu.md.
   bool prefers_dense() const {
+    if (!can_multiply()) return false;
     if (edges_form() != EdgesForm::measured) return edges_form() == EdgesForm::dense;
     const double edges = in_.share ? in_.edges : static_cast<double>(in_.rows) * static_cast<double>(in_.columns);
     const double share = static_cast<double>(result_.kept) / edges;
@@ -139,8 +138,8 @@ template <class T> class GraphRun {
         const int64_t r1 = std::min(in_.rows, r0 + block_rows), c1 = std::min(in_.columns, c0 + ld);
         for (int part = 0; part < 3; ++part)
           for (int64_t c = 0; c < g_.chunks.count; ++c) {
-            at::Tensor out = matrix(dots[part], r1 - r0, c1 - c0, ld);
-            at::addmm_out(out, out, vectors(g_.a, c, r0, r1, part), vectors(g_.b, c, c0, c1, part).t(), c == 0 ? 0 : 1);
+            multiply(matrix(dots[part], r1 - r0, c1 - c0, ld), vectors(g_.a, c, r0, r1, part),
+                     vectors(g_.b, c, c0, c1, part).transposed(), 1, c > 0);
           }
         Team::run(threads_, [&](Team& team) {
           if (recomputed())
@@ -159,7 +158,7 @@ template <class T> class GraphRun {
         if (in_.need_grad) {
           const auto beta = matrix(dots[0], r1 - r0, c1 - c0, ld), gamma = matrix(dots[1], r1 - r0, c1 - c0, ld);
           add_products(g_.a, r0, r1, g_.b, c0, c1, beta, gamma);
-          add_products(g_.b, c0, c1, g_.a, r0, r1, beta.t(), gamma.t());
+          add_products(g_.b, c0, c1, g_.a, r0, r1, beta.transposed(), gamma.transposed());
         }
         if (n_literal == 0) continue;
         Graph<T> marked = g_;  // edge by edge, found by the marks that weigh_row left
@@ -337,26 +336,27 @@ template <class T> class GraphRun {
     });
   }
 
-  static at::Tensor matrix(T* data, int64_t rows, int64_t columns, int64_t stride) {
-    return at::from_blob(data, {rows, columns}, {stride, 1},
-                         at::TensorOptions().dtype(c10::CppTypeToScalarType<T>::value));
+  static Matrix<T> matrix(T* data, int64_t rows, int64_t columns, int64_t stride) {
+    return {data, rows, columns, stride, 1};
   }
 
   // One chunk of the vectors of vertices [begin, end): student (0), teacher (1) or residual (2).
-  at::Tensor vectors(const Side<T>& side, int64_t c, int64_t begin, int64_t end, int part) const {
+  Matrix<T> vectors(const Side<T>& side, int64_t c, int64_t begin, int64_t end, int part) const {
     const int64_t width = g_.chunks.width_of(c);
     return matrix(const_cast<T*>(side.vectors(g_.chunks, c, begin)) + part * width, end - begin, width, 3 * width);
   }
 
   void add_products(const Side<T>& own, int64_t o0, int64_t o1, const Side<T>& other, int64_t n0, int64_t n1,
-                    const at::Tensor& beta, const at::Tensor& gamma) const {
-    matrix(own.beta_sum + o0, 1, o1 - o0, 1).add_(beta.sum(1));
-    matrix(own.gamma_sum + o0, 1, o1 - o0, 1).add_(gamma.sum(1));
+                    const Matrix<T>& beta, const Matrix<T>& gamma) {
+    ones_.resize(n1 - n0, T(1));
+    const Matrix<T> ones = matrix(ones_.data(), n1 - n0, 1, 1);
+    multiply(matrix(own.beta_sum + o0, o1 - o0, 1, 1), beta, ones, 1, true);
+    multiply(matrix(own.gamma_sum + o0, o1 - o0, 1, 1), gamma, ones, 1, true);
     for (int64_t c = 0; c < g_.chunks.count; ++c) {
       const int64_t width = g_.chunks.width_of(c);
-      at::Tensor grad = matrix(own.grads(g_.chunks, c, o0), o1 - o0, width, width);
-      at::addmm_out(grad, grad, beta, vectors(other, c, n0, n1, 2), 1, -1);
-      at::addmm_out(grad, grad, gamma, vectors(other, c, n0, n1, 0), 1, 1);
+      const Matrix<T> grad = matrix(own.grads(g_.chunks, c, o0), o1 - o0, width, width);
+      multiply(grad, beta, vectors(other, c, n0, n1, 2), -1, true);
+      multiply(grad, gamma, vectors(other, c, n0, n1, 0), 1, true);
     }
   }
 
@@ -396,6 +396,7 @@ template <class T> class GraphRun {
   std::vector<char> finite_by_part_;
   std::vector<double> losses_;
   Selection<T> selection_;
+  std::vector<T> ones_;  // whose product with a matrix sums its rows
 };
 
 template <class T> void fill(const GradTarget<T>& target, int64_t vertices, int64_t dims, T value) {
@@ -430,7 +431,7 @@ template <class T> void run_phases(Team& team, GraphRun<T>& run, bool need_grad,
 template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs) {
   int64_t most = 0;
   for (const auto& input : inputs) most = std::max(most, input.rows * input.columns * input.dims);
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = num_threads();
   std::vector<GraphResult> results;
   const auto finish = [&](const GraphInput<T>& input, GraphRun<T>& run, int64_t team_threads, bool gradients_added) {
     const bool dense = !run.failed() && run.prefers_dense();
@@ -471,14 +472,36 @@ void joint_entropy(Strided<T> probs, Strided<T> log_probs, int64_t rows, int64_t
                    int64_t stride) {
   BorrowedArena arena;
   EntropyBlocks<T> entropy(probs, log_probs, rows, columns, depth, false, *arena);
-  Team::run(at::in_parallel_region() ? 1 : at::get_num_threads(), [&](Team& team) {
+  Team::run(num_threads(), [&](Team& team) {
     entropy.pack(team);
     entropy.compute_all(team, h, stride);
   });
 }
 
+template <class T>
+void count_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, int64_t prefix, int shift, int bits,
+                  int64_t* counts) {
+  const int64_t size = int64_t{1} << bits, parts = rows * columns < 16 * size ? 1 : num_threads();
+  std::vector<std::vector<int64_t>> partial(parts, std::vector<int64_t>(size, 0));
+  Team::run(parts, [&](Team& team) {
+    team.for_each(parts, [&](int64_t part) {
+      std::vector<int32_t> few(kCountSets * size, 0);
+      const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
+      const int64_t most = std::max<int64_t>(1, (int64_t{1} << 30) / columns);  // rows that cannot overflow a count
+      for (int64_t i = begin; i < end; ++i) {
+        count_digits(x + i * stride, columns, prefix, shift, bits, few.data());
+        if (i + 1 < end && (i + 1 - begin) % most != 0) continue;
+        for (int64_t d = 0; d < kCountSets * size; ++d) partial[part][d % size] += few[d];
+        few.assign(few.size(), 0);
+      }
+    });
+  });
+  for (const auto& of_part : partial)
+    for (int64_t d = 0; d < size; ++d) counts[d] += of_part[d];
+}
+
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high) {
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t threads = num_threads();
   Stream<T> stream;
   stream.n = n;
   stream.parts = std::max<int64_t>(1, std::min<int64_t>(threads, n >> 14));
@@ -496,11 +519,9 @@ template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T*
 
 template <class T> T lerp(T low, T high, double weight) {
   if (weight == 0) return low;  // beside an infinity a product would make NaN of it
-  // torch's kernel multiplies and adds in one rounding wherever it is compiled for fused multiply-add.
-  static const bool fused = at::get_cpu_capability() != "DEFAULT";
   const T w = static_cast<T>(weight), difference = high - low;
   const T factor = w < T(0.5) ? w : w - T(1), base = w < T(0.5) ? low : high;
-  if (fused) return std::fma(factor, difference, base);
+  if (lerp_is_fused<T>()) return std::fma(factor, difference, base);
   const volatile T product = factor * difference;  // rounded, whatever the compiler may contract
   return base + product;
 }
@@ -509,6 +530,8 @@ template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<float>
 template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<double>>&);
 template void joint_entropy(Strided<float>, Strided<float>, int64_t, int64_t, int64_t, float*, int64_t);
 template void joint_entropy(Strided<double>, Strided<double>, int64_t, int64_t, int64_t, double*, int64_t);
+template void count_matrix(const float*, int64_t, int64_t, int64_t, int64_t, int, int, int64_t*);
+template void count_matrix(const double*, int64_t, int64_t, int64_t, int64_t, int, int, int64_t*);
 template void order_statistics(const float*, int64_t, int64_t, float*, float*);
 template void order_statistics(const double*, int64_t, int64_t, double*, double*);
 template float lerp(float, float, double);

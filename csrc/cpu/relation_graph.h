@@ -1,8 +1,6 @@
 // The VRM loss on the CPU: one relation graph, or both graphs of the loss, with the gradients, in one call.
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include "graph.h"
 
 #include <vector>
@@ -50,6 +48,11 @@ constexpr int64_t kEntropyPad = 64;
 template <class T>
 void joint_entropy(Strided<T> probs, Strided<T> log_probs, int64_t rows, int64_t columns, int64_t depth, T* h,
                    int64_t stride);
+
+// Adds to counts[digit] the values of x [rows, columns] that count_digits (select.h) counts; `stride` elements a row.
+template <class T>
+void count_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, int64_t prefix, int shift, int bits,
+                  int64_t* counts);
 
 // Exact order statistics (sorted[rank], sorted[rank + 1]) of a contiguous array; NaN if any value is.
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high);

@@ -8,7 +8,6 @@
 namespace vrm {
 
 enum class Stage { center, pack, entropy, threshold, edges, gradient, count };
-inline const char* const kStageNames[] = {"center", "pack", "entropy", "threshold", "edges", "gradient"};
 inline std::atomic<int64_t> stage_nanoseconds[static_cast<int>(Stage::count)];
 
 class StageTimer {

@@ -2,14 +2,17 @@
 // phase instead costs more than the phases of a small batch take.
 #pragma once
 
+#include "runtime.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
 #include <limits>
+#include <mutex>
 
-#if defined(_OPENMP)
-#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 namespace vrm {
@@ -20,7 +23,10 @@ class Team {
   // thread that is still at the barrier before must not leave there, or the others would wait for it.
   struct Shared {
     std::exception_ptr error;
+    std::mutex error_lock;
     std::atomic<int64_t> failed_phase{std::numeric_limits<int64_t>::max()};
+    std::atomic<int64_t> arrived{0};  // at barriers, by all threads
+    std::atomic<int> ended{0};        // phases; an int is what a thread can sleep on
   };
   struct Cancelled {};
 
@@ -42,7 +48,7 @@ class Team {
     barrier();
   }
 
-  // body(team) on `threads` threads, or inline inside someone else's parallel region.
+  // body(team) on `threads` of torch's threads, or inline inside someone else's parallel region.
   template <class Body> static void run(int64_t threads, const Body& body) {
     Shared shared;
     const auto member = [&](int64_t rank, int64_t size) {
@@ -52,13 +58,10 @@ class Team {
       } catch (const Cancelled&) {
       }
     };
-#if defined(_OPENMP)
-    if (threads > 1 && !omp_in_parallel()) {
-#pragma omp parallel num_threads(static_cast<int>(threads))
-      member(omp_get_thread_num(), omp_get_num_threads());
-    } else
-#endif
-      member(0, 1);
+    run_members(
+        threads,
+        [](void* context, int64_t rank, int64_t size) { (*static_cast<decltype(&member)>(context))(rank, size); },
+        const_cast<void*>(static_cast<const void*>(&member)));
     if (shared.error) std::rethrow_exception(shared.error);
   }
 
@@ -67,23 +70,34 @@ class Team {
     try {
       body();
     } catch (...) {
-#pragma omp critical(vrm_team_error)
-      {
-        shared_.error = std::current_exception();
-        shared_.failed_phase = std::min(shared_.failed_phase.load(), phase_);
-      }
+      const std::lock_guard<std::mutex> lock(shared_.error_lock);
+      shared_.error = std::current_exception();
+      shared_.failed_phase = std::min<int64_t>(shared_.failed_phase.load(), phase_);
     }
   }
 
   void barrier() {
     if (size_ > 1) {
-#pragma omp barrier
+      if (shared_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size_ * (phase_ + 1)) {
+        shared_.ended.store(phase_ + 1, std::memory_order_release);
+        shared_.ended.notify_all();
+      } else {
+        for (int n = 0; n < kSpins && shared_.ended.load(std::memory_order_acquire) <= phase_; ++n) pause();
+        while (shared_.ended.load(std::memory_order_acquire) <= phase_) shared_.ended.wait(phase_);
+      }
     }
     if (shared_.failed_phase <= phase_++) throw Cancelled();
   }
 
+  static void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#endif
+  }
+
+  static constexpr int kSpins = 4000;  // phases differ by less, unless the machine is busy with something else
   const int64_t rank_, size_;
-  int64_t phase_ = 0;  // barriers passed
+  int phase_ = 0;  // barriers passed
   Shared& shared_;
 };
 

@@ -1,7 +1,5 @@
 """The compiled backend takes one of many paths: every instruction set, form and memory regime gives the same loss."""
 
-import importlib
-
 import pytest
 import torch
 from helpers import (
@@ -41,10 +39,10 @@ def cpp():
     usable, note = backends.REGISTRY["cpp"].status()
     if not usable:
         pytest.skip(note)
-    extension = importlib.import_module("vrm_kernels._C")
-    yield extension
-    extension.select_isa("")
-    extension.set_edges_form("measured")
+    operators = torch.ops.vrm_kernels
+    yield operators
+    operators.cpu_select_isa("")
+    operators.cpu_set_edges_form("measured")
 
 
 @pytest.fixture
@@ -54,13 +52,13 @@ def threads():
     torch.set_num_threads(before)
 
 
-def choose(extension, isa):
+def choose(operators, isa):
     try:
-        extension.select_isa(isa)
+        operators.cpu_select_isa(isa)
     except ValueError as error:
         assert isa != "portable", "the portable kernels run everywhere"
         pytest.skip(str(error))
-    assert extension.isa() == isa and isa in extension.build_info()
+    assert operators.cpu_isa() == isa
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -68,7 +66,7 @@ def choose(extension, isa):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.shape}-{case.kind}-{case.relations}")
 def test_parity_on_every_path(cpp, isa, form, case):
     choose(cpp, isa)
-    cpp.set_edges_form(form)
+    cpp.cpu_set_edges_form(form)
     floors = NEAR_CONVERGENCE_FLOOR if case.kind.startswith("converged") else FLOOR
     for dtype in (torch.float32, torch.float64):
         assert_parity("cpp", case, dtype, floors=floors)
@@ -89,7 +87,7 @@ def test_quantile_on_every_instruction_set(cpp, isa):
 def test_parity_when_entropies_are_recomputed(cpp, relations, form, count, threads):
     """H of ten million float64 edges is not stored. The judge is the torch backend: the reference would take 20 GB."""
     threads(count)
-    cpp.set_edges_form(form)
+    cpp.cpu_set_edges_form(form)
     b = 3300 if relations == "inter_view" else 1650
     logits = make_logits(Case((b, 4)), torch.float64, seed=0)
     oracle = recomputed_oracle(b, relations)
@@ -128,13 +126,13 @@ def test_forms_and_threads_agree(cpp, form, count, threads):
     settings = {"alpha": 2.0, "beta": 0.5, "unreliable_pruning_percentile": 70.0}
     plain = evaluate("cpp", logits, **settings)
     threads(count)
-    cpp.set_edges_form(form)
+    cpp.cpu_set_edges_form(form)
     result = evaluate("cpp", logits, **settings)
     assert result.kept == plain.kept and max(errors(result, plain).values()) < 1e-10
 
 
 def test_unknown_paths_are_refused(cpp):
     with pytest.raises(ValueError, match="sse9"):
-        cpp.select_isa("sse9")
+        cpp.cpu_select_isa("sse9")
     with pytest.raises(ValueError, match="'measured', 'kept_only' or 'dense', not 'sparse'"):
-        cpp.set_edges_form("sparse")
+        cpp.cpu_set_edges_form("sparse")

@@ -53,7 +53,6 @@ from test_settings import (  # noqa: F401
     test_parity_over_weights,
 )
 
-import vrm_kernels
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
 from vrm_kernels.backends import reference
@@ -234,19 +233,18 @@ def test_one_vertex_on_both_sides_has_no_edges(host, dtype):
 
 def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatch):
     """A GPU older than the targets: "auto" must go on to the next backend instead of failing at the first launch."""
-    from vrm_kernels.backends import cuda
+    from vrm_kernels.backends import build_record, cuda
 
-    monkeypatch.setitem(sys.modules, "vrm_kernels._cuda_report", types.SimpleNamespace(REASON=""))
-    monkeypatch.setattr(vrm_kernels, "_cuda_report", sys.modules["vrm_kernels._cuda_report"], raising=False)
+    monkeypatch.setattr(build_record, "why_left_out", lambda backend: "")
     monkeypatch.setitem(sys.modules, "vrm_kernels._cuda", types.ModuleType("vrm_kernels._cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     status = cuda._load.__wrapped__
-    assert status()[0]
+    assert status(0)[0]
     host.cuda_shim_set_known_device(0)
     try:
-        usable, note = status()
+        usable, note = status(0)
     finally:
         host.cuda_shim_set_known_device(1)
     assert not usable and "not built for Old GPU" in note and "TORCH_CUDA_ARCH_LIST=7.0" in note

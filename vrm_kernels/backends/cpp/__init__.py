@@ -3,6 +3,10 @@
 import functools
 import importlib
 
+import torch
+
+from vrm_kernels.backends import build_record
+
 
 def status() -> tuple[bool, str]:
     """``(usable, note)``: what the build can do on this CPU, or why it is missing."""
@@ -16,16 +20,13 @@ status._dynamo_marked_constant = True
 
 @functools.cache
 def _load() -> tuple[bool, str]:
+    if reason := build_record.why_left_out("cpp"):
+        return False, reason
     try:
-        module = importlib.import_module("vrm_kernels._C")
+        importlib.import_module("vrm_kernels._C")
+        built_from, compiler = torch.ops.vrm_kernels.cpu_built_from()
     except ImportError as error:
-        return False, f"{_why_missing()} ({error})"
-    return True, module.build_info()
-
-
-def _why_missing() -> str:
-    try:
-        from vrm_kernels import _build_report
-    except ImportError:
-        return "the extension vrm_kernels._C was never built: run 'make build'"
-    return _build_report.REASON or "the extension vrm_kernels._C was built but does not load: run 'make build' again"
+        return False, build_record.why_it_does_not_load("cpp", torch.__version__, error)
+    if refusal := build_record.why_outdated("cpp", built_from):
+        return False, refusal
+    return True, f"fused kernels, using {torch.ops.vrm_kernels.cpu_isa()} (built by {compiler})"

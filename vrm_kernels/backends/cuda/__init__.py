@@ -5,10 +5,12 @@ import importlib
 
 import torch
 
+from vrm_kernels.backends import build_record
+
 
 def status() -> tuple[bool, str]:
     """``(usable, note)``: for the device that is current, or why it is missing."""
-    return _load()
+    return _load(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 # As the status of `cpp`: torch.compile need not trace this.
@@ -16,19 +18,15 @@ status._dynamo_marked_constant = True
 
 
 @functools.cache
-def _load() -> tuple[bool, str]:
-    try:
-        from vrm_kernels import _cuda_report
-    except ImportError:
-        return False, "built without CUDA: the extension vrm_kernels._cuda was never built: run 'make build'"
-    if _cuda_report.REASON:
-        return False, f"built without CUDA: {_cuda_report.REASON}"
-    if not torch.cuda.is_available():
+def _load(device: int | None) -> tuple[bool, str]:
+    if reason := build_record.why_left_out("cuda"):
+        return False, f"built without CUDA: {reason}"
+    if device is None:
         return False, "built with CUDA, but torch finds no CUDA device here"
     try:
         importlib.import_module("vrm_kernels._cuda")
     except ImportError as error:
-        return False, f"the extension vrm_kernels._cuda was built but does not load: run 'make build' again ({error})"
+        return False, build_record.why_it_does_not_load("cuda", torch.__version__, error)
     if refusal := torch.ops.vrm_kernels.cuda_refusal():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return False, (
