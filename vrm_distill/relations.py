@@ -22,9 +22,9 @@ from vrm_distill.data import ImageData, Views
 from vrm_distill.seeding import seed_everything
 from vrm_distill.settings import Settings
 from vrm_kernels import functional as VF
-from vrm_kernels import ops
-from vrm_kernels.backends import reference
+from vrm_kernels.backends import contract, reference
 from vrm_kernels.data import both_views
+from vrm_kernels.graph.constants import RELATION_EPS
 
 # How many images and classes are shown, and among how many held-out images they are looked for.
 IMAGES, CLASSES, CANDIDATES = 48, 16, 256
@@ -120,7 +120,7 @@ def graph(
 
     def look(student: Pair) -> tuple[Look, Tensor]:
         complete = relations == "complete"
-        (a, b, ta, tb), (p, q) = list(ops.both_graphs(*student, *teacher, complete))[by_class]
+        (a, b, ta, tb), (p, q) = list(contract.both_graphs(contract.Views(*student, *teacher), complete))[by_class]
         n = classes if by_class else samples
         # The real view is the first n vertices on the left side, the virtual view the last n on the right.
         vectors = a[:n][shown], b[-n:][shown], ta[:n][shown], tb[-n:][shown]
@@ -140,7 +140,7 @@ def _rows(a: Tensor, b: Tensor, ta: Tensor, tb: Tensor, own: Tensor):
     """Of each vertex on the left: the student's cosines, the teacher's, and the losses, of its edges. Row by row,
     because all vectors of all edges are large where there are many classes."""
     for i in range(len(a)):
-        student, teacher = (reference.relations(x[i : i + 1], y)[0] for x, y in ((a, b), (ta, tb)))
+        student, teacher = (reference.relations(x[i : i + 1], y, RELATION_EPS)[0] for x, y in ((a, b), (ta, tb)))
         loss = F.huber_loss(student, teacher, reduction="none", delta=VF.DEFAULT_DELTA).sum(-1)
         yield student @ own[i], teacher @ own[i], loss
 

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from vrm_kernels import backends, ops
+from vrm_kernels import backends
+from vrm_kernels.backends.contract import DTYPES
 
 RELATIONS = ("inter_view", "complete")
 NORMALIZATIONS = (None, "zscore")
@@ -61,7 +62,7 @@ def check_floating(named: dict[str, Tensor]) -> torch.dtype:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating (float64, float32, bfloat16 or float16), got {x.dtype}")
-        if x.dtype not in ops.DTYPES:
+        if x.dtype not in DTYPES:
             dtypes = ", ".join(f"{other} {y.dtype}" for other, y in named.items() if isinstance(y, Tensor))
             raise TypeError(f"dtypes that do not promote to float32 or float64: {dtypes}; convert {name} first")
         if x.dtype == torch.float64:

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vrm_kernels import backends, checks, ops
+from vrm_kernels.backends.contract import GraphSettings, LossSettings, Sides, Views
 from vrm_kernels.graph import pruning
 from vrm_kernels.graph.constants import RELATION_EPS
 
@@ -78,69 +78,30 @@ def vrm_loss(
     if check_finite:
         checks.check_finite(named)
 
-    settings = {
-        "alpha": float(alpha),
-        "beta": float(beta),
-        "percentile": float(unreliable_pruning_percentile),
-        "delta": float(delta),
-        "complete": relations == "complete",
-        "backend": chosen,
-    }
-    # Sums over the samples where those of other processes are still to be added, else means.
-    cross_entropies = [
-        F.cross_entropy(
-            x.to(dtype), labels, label_smoothing=label_smoothing, reduction="mean" if group is None else "sum"
-        )
-        if wanted
-        else torch.zeros((), dtype=dtype, device=x.device)
-        for x, wanted in ((logits_student_real, ce_loss_on_real), (logits_student_virtual, ce_loss_on_virtual))
-    ]
-    if normalize == "zscore":
-        named = {name: _zscore(x.to(dtype)) for name, x in named.items()}
-    if group is None:
-        loss, relation_terms, kept = ops.vrm_graphs(*named.values(), **settings)
-    else:
-        loss, relation_terms, kept, cross_entropies = _global_terms(
-            named, labels, cross_entropies, group, settings,
-            {"ce_loss_on_real": ce_loss_on_real, "ce_loss_on_virtual": ce_loss_on_virtual,
-             "label_smoothing": label_smoothing},
-        )  # fmt: skip
-    for cross_entropy, wanted in zip(cross_entropies, (ce_loss_on_real, ce_loss_on_virtual), strict=True):
-        if wanted:
-            loss = loss + cross_entropy
-    if not return_terms:
-        return loss
-    terms = (*(x.detach() for x in cross_entropies), *relation_terms.detach().unbind(), *kept.unbind())
-    return loss, dict(zip(TERM_NAMES, terms, strict=True))
-
-
-def _zscore(logits: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 in each row."""
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, correction=0, keepdim=True) + RELATION_EPS)
-
-
-def _global_terms(named, labels, cross_entropies, group, settings, agreed):
-    """``(alpha L_inter_sample + beta L_inter_class, the two terms, the kept counts, the two cross-entropies)`` of the
-    global batch, from this process's sums of cross-entropies."""
-    from vrm_kernels.distributed import loss as distributed  # needs a torch that was built with torch.distributed
-
-    if labels is None:
-        count = cross_entropies[0].new_zeros(())
-    elif labels.dtype.is_floating_point:
-        count = cross_entropies[0].new_full((), len(labels))
-    else:
-        count = (labels != IGNORED_LABEL).sum()
-    sums = torch.stack([x.detach().double() for x in (*cross_entropies, count)])
-    loss, terms, kept, sums = distributed.vrm_graphs(
-        *named.values(), sums, group=group.group_name, settings=agreed, **settings
+    settings = LossSettings(
+        float(alpha),
+        float(beta),
+        ce_loss_on_real,
+        ce_loss_on_virtual,
+        float(unreliable_pruning_percentile),
+        float(delta),
+        RELATION_EPS,
+        relations == "complete",
+        float(label_smoothing),
+        IGNORED_LABEL,
     )
-    world = torch.distributed.get_world_size(group)
-    means = []
-    for local, total in zip(cross_entropies, sums[:2], strict=True):
-        local = local * (world / sums[2]).to(local.dtype)  # see vrm_kernels.distributed.loss for the factor
-        # The value of the whole, the gradient of this process's part.
-        means.append((total / sums[2]).to(local.dtype) + (local - local.detach()))
-    return loss, terms, kept, means
+    views = Views(*named.values())
+    zscore = normalize == "zscore"
+    if group is None:
+        result = ops.vrm_loss(views, labels, None, settings, zscore, chosen)
+    else:
+        from vrm_kernels.distributed import loss as distributed  # needs a torch that was built with torch.distributed
+
+        result = distributed.vrm_loss(views, labels, None, settings, zscore, chosen, group.group_name)
+    if not return_terms:
+        return result.loss
+    terms = *result.terms.detach().unbind(), *result.kept.unbind()
+    return result.loss, dict(zip(TERM_NAMES, terms, strict=True))
 
 
 def relation_loss(
@@ -195,9 +156,8 @@ def relation_loss(
             raise ValueError(f"probs must be ([M, K], [N, K]) for a [M, D] and b [N, D], got {checks.shapes(named)}")
         probs = (p.detach().to(dtype), q.detach().to(dtype))
     chosen = backends.resolve(backend, a.device)
-    return ops.relation_graph(
-        a, b, teacher_a, teacher_b, probs=probs, percentile=float(percentile), delta=float(delta), backend=chosen
-    )
+    settings = GraphSettings(float(percentile), float(delta), RELATION_EPS, False)
+    return ops.relation_graph(Sides(a, b, teacher_a, teacher_b), probs, settings, chosen)
 
 
 def joint_entropy(logits_real: Tensor, logits_virtual: Tensor) -> Tensor:

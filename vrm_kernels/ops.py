@@ -1,29 +1,32 @@
 """The custom operators: schema, fake kernel, and the one autograd rule of every backend.
 
-The contract of a backend module, ``relation_graph``::
-
-    relation_graph(a [M, D], b [N, D], teacher_a [M, D], teacher_b [N, D],
-                   probs (P [M, K], P' [N, K]) | None, percentile, delta, exclude_self, need_grad)
-        -> (loss [], kept [] int64, grad_a [M, D], grad_b [N, D])
-
-Inputs have any strides and any of ``DTYPES``, mixed; results have ``compute_dtype(inputs)``. The gradients are those of
-the loss (the upstream gradient is a scalar: backward only scales them) and are empty where ``need_grad`` is false.
-``exclude_self`` says that both sides are one vertex set, whose M edges (i, i) do not exist. A module may also hold a
-fused ``vrm_graphs``, both graphs of the loss in one call, which otherwise is built here from ``relation_graph``.
-``reference`` is the exception: plain differentiable PyTorch, never wrapped in an operator.
+What a backend computes is :mod:`vrm_kernels.backends.contract`. ``reference`` is called as it is: plain differentiable
+PyTorch, never wrapped in an operator.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from vrm_kernels import backends
-from vrm_kernels.backends import reference
+from vrm_kernels.backends.contract import (
+    GraphSettings,
+    LossResult,
+    LossSettings,
+    Probs,
+    Sides,
+    Views,
+    compute_dtype,
+    empty_graph_result,
+    empty_loss_result,
+    with_cross_entropies,
+)
 from vrm_kernels.graph import pruning
+from vrm_kernels.graph import zscore as zscores
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NO_DOUBLE_BACKWARD = (
     "second derivatives of the VRM loss are not supported by this backend: use backend='reference', which supports them"
 )
@@ -32,85 +35,68 @@ NO_FORWARD_MODE = (
     "backend: use backend='reference', which supports them, or reverse mode"
 )
 
+_REFERENCE = backends.REGISTRY["reference"].load()
 _library = torch.library.Library("vrm_kernels", "FRAGMENT")
 define = _library.define
 define(
     "relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
-    "float percentile, float delta, bool exclude_self, bool need_grad, str backend) "
+    "float percentile, float delta, float eps, bool exclude_self, bool need_grad, str backend) "
     "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)"
 )
-define(
-    "vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
-    "float alpha, float beta, float percentile, float delta, bool complete, bool need_grad, str backend) "
-    "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)"
+LOSS_ARGUMENTS = (
+    "Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, Tensor? labels, "
+    "Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, float percentile, float delta, "
+    "float eps, bool complete, float label_smoothing, int ignore_index, bool zscore, bool need_grad, str backend"
 )
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 if any input is, else float32: half precision is read, never accumulated in."""
-    if any(x is not None and x.dtype == torch.float64 for x in tensors):
-        return torch.float64
-    return torch.float32
+LOSS_RESULTS = "(Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)"
+define(f"vrm_loss({LOSS_ARGUMENTS}) -> {LOSS_RESULTS}")
 
 
 # ---- what the public functions call ---------------------------------------------------------------------------------
 
 
-def relation_graph(a, b, teacher_a, teacher_b, *, probs, percentile, delta, backend) -> Tensor:
+def relation_graph(sides: Sides, probs: Probs | None, settings: GraphSettings, backend: str) -> Tensor:
     """The loss of one graph on ``backend`` (a registered name, not "auto")."""
+    sides = Sides(sides.a, sides.b, sides.teacher_a.detach(), sides.teacher_b.detach())
+    if settings.percentile == 100:
+        probs = None
     if backend == "reference":
-        dtype = compute_dtype(a, b, teacher_a, teacher_b)
-        vectors = (x.to(dtype) for x in (a, b, teacher_a.detach(), teacher_b.detach()))
-        with without_autocast(a.device.type):
-            return reference.relation_graph(*vectors, probs, percentile, delta, False)[0]
+        with without_autocast(sides.a.device.type):
+            return _REFERENCE.relation_graph(sides, probs, settings, False).loss
     p, q = (None, None) if probs is None else probs
-    teacher = teacher_a.detach(), teacher_b.detach()
-    arguments = a, b, *teacher, p, q, percentile, delta, False, _needs_grad(a, b), backend
-    return call(torch.ops.vrm_kernels.relation_graph, _relation_graph_impl, *arguments)[0]
+    arguments = *sides, p, q, *settings, needs_grad(sides.a, sides.b), backend
+    return call(torch.ops.vrm_kernels.relation_graph, _relation_graph, backend, arguments)[0]
 
 
-def vrm_graphs(
-    student_real, student_virtual, teacher_real, teacher_virtual, *, alpha, beta, percentile, delta, complete, backend
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(alpha L_inter_sample + beta L_inter_class, the two terms [2], the two kept counts [2])`` on ``backend``."""
-    views = (student_real, student_virtual, teacher_real.detach(), teacher_virtual.detach())
+def vrm_loss(
+    views: Views,
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    settings: LossSettings,
+    zscore: bool,
+    backend: str,
+) -> LossResult:
+    """The whole loss on ``backend``; of the result ``loss`` alone is differentiable. ``zscore``: relations, and what
+    ranks their edges, are of the logits' z-scores."""
+    real, virtual, teacher_real, teacher_virtual = views
+    views = Views(real, virtual, teacher_real.detach(), teacher_virtual.detach())
     if backend == "reference":
-        dtype = compute_dtype(*views)
-        with without_autocast(student_real.device.type):
-            losses, kept = zip(
-                *(
-                    reference.relation_graph(*vectors, probs, percentile, delta, complete)
-                    for vectors, probs in both_graphs(*(x.to(dtype) for x in views), complete)
-                ),
-                strict=True,
-            )
-            return alpha * losses[0] + beta * losses[1], torch.stack(losses), torch.stack(kept)
-    need_grad = _needs_grad(student_real, student_virtual)
-    arguments = *views, alpha, beta, percentile, delta, complete, need_grad, backend
-    loss, _, _, terms, kept = call(torch.ops.vrm_kernels.vrm_graphs, _vrm_graphs_impl, *arguments)
-    return loss, terms, kept
+        with without_autocast(real.device.type):
+            return _loss(_REFERENCE, views, labels, class_weight, settings, zscore, False)
+    arguments = *views, labels, class_weight, *settings, zscore, needs_grad(real, virtual), backend
+    return LossResult(*call(torch.ops.vrm_kernels.vrm_loss, _vrm_loss, backend, arguments))
 
 
 def quantile(x: Tensor, q: float | Tensor) -> Tensor:
     """The exact quantile of 1-D float32 or float64 ``x``: selection on the CPU where it is built, else a sort."""
     if x.device.type == "cpu" and backends.REGISTRY["cpp"].status()[0]:
-        return backends.REGISTRY["cpp"].load().quantile(x, *pruning.ranks(q, x.numel(), x))
+        from vrm_kernels.backends.cpp.backend import quantile as selected
+
+        return selected(x, *pruning.ranks(q, x.numel(), x))
     return pruning.quantile_sorted(x, q)
 
 
-def both_graphs(student_real, student_virtual, teacher_real, teacher_virtual, complete):
-    """The inter-sample and the inter-class graph: ``((a, b, teacher_a, teacher_b), (P, P'))`` of each."""
-    probs = student_real.detach().softmax(1), student_virtual.detach().softmax(1)
-    sample = (student_real, student_virtual, teacher_real, teacher_virtual)
-    for transpose in (False, True):
-        (a, b, ta, tb), (p, q) = ([x.t() if transpose else x for x in group] for group in (sample, probs))
-        if complete:  # one vertex set on both sides
-            a, ta, p = torch.cat((a, b)), torch.cat((ta, tb)), torch.cat((p, q))
-            b, tb, q = a, ta, p
-        yield (a, b, ta, tb), (p, q)
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -124,52 +110,45 @@ def without_autocast(device_type: str):
 # ---- the operators --------------------------------------------------------------------------------------------------
 
 
-def _relation_graph_impl(a, b, ta, tb, p, q, percentile, delta, exclude_self, need_grad, backend):
+def _relation_graph(a, b, teacher_a, teacher_b, p, q, percentile, delta, eps, exclude_self, need_grad, backend):
     probs = None if p is None else (p, q)
+    settings = GraphSettings(percentile, delta, eps, exclude_self)
     with without_autocast(a.device.type):
-        loss, kept, grad_a, grad_b = (
-            backends.REGISTRY[backend]
-            .load()
-            .relation_graph(a, b, ta, tb, probs, percentile, delta, exclude_self, need_grad)
+        chosen = backends.REGISTRY[backend].load()
+        return tuple(chosen.relation_graph(Sides(a, b, teacher_a, teacher_b), probs, settings, need_grad))
+
+
+def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight, *rest):
+    *settings, zscore, need_grad, backend = rest
+    views = Views(real, virtual, teacher_real, teacher_virtual)
+    with without_autocast(real.device.type):
+        chosen = backends.REGISTRY[backend].load()
+        return tuple(_loss(chosen, views, labels, class_weight, LossSettings(*settings), zscore, need_grad))
+
+
+def _loss(
+    chosen: backends.Backend,
+    views: Views,
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    settings: LossSettings,
+    zscore: bool,
+    need_grad: bool,
+) -> LossResult:
+    if not zscore:
+        return chosen.vrm_loss(views, labels, class_weight, settings, need_grad)
+    # The backend computes the relations of the z-scores, and the cross-entropies are added beside it.
+    dtype = compute_dtype(*views)
+    views = Views(*(x.to(dtype) for x in views))
+    without = settings._replace(ce_real=False, ce_virtual=False)
+    relations = chosen.vrm_loss(Views(*map(zscores.zscore, views)), None, None, without, need_grad)
+    if need_grad:
+        relations = relations._replace(
+            grad_real=zscores.zscore_backward(relations.grad_real, views.student_real),
+            grad_virtual=zscores.zscore_backward(relations.grad_virtual, views.student_virtual),
         )
-    return loss, grad_a, grad_b, kept
-
-
-def _vrm_graphs_impl(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad, backend):
-    module = backends.REGISTRY[backend].load()
-    with without_autocast(s.device.type):
-        if hasattr(module, "vrm_graphs"):
-            return module.vrm_graphs(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad)
-        dtype = compute_dtype(s, v, t, u)
-        losses, counts, grads = [], [], [0.0, 0.0]
-        graphs = both_graphs(*(x.to(dtype) for x in (s, v, t, u)), complete)
-        for (vectors, probs), weight, n in zip(graphs, (alpha, beta), s.shape, strict=True):
-            loss, kept, *pair = module.relation_graph(*vectors, probs, percentile, delta, complete, need_grad)
-            losses.append(loss)
-            counts.append(kept)
-            if not need_grad:
-                continue
-            if complete:  # the vertex set stood on both sides: add the sides, then cut it into its two views
-                pair = (pair[0] + pair[1]).split(n)
-            for k, grad in enumerate(pair):
-                grads[k] = grads[k] + weight * (grad if len(losses) == 1 else grad.t())
-        if not need_grad:
-            grads = [s.new_empty(0, dtype=dtype), s.new_empty(0, dtype=dtype)]
-        loss = alpha * losses[0] + beta * losses[1]
-        return loss, *grads, torch.stack(losses), torch.stack(counts)
-
-
-def relation_graph_fake(a, b, teacher_a, teacher_b, need_grad):
-    dtype = compute_dtype(a, b, teacher_a, teacher_b)
-    grads = [a.new_empty(x.shape if need_grad else (0,), dtype=dtype) for x in (a, b)]
-    return a.new_empty((), dtype=dtype), *grads, a.new_empty((), dtype=torch.int64)
-
-
-def vrm_graphs_fake(s, v, t, u, need_grad):
-    dtype = compute_dtype(s, v, t, u)
-    grads = [s.new_empty(x.shape if need_grad else (0,), dtype=dtype) for x in (s, v)]
-    terms = s.new_empty((2,), dtype=dtype)
-    return s.new_empty((), dtype=dtype), *grads, terms, s.new_empty((2,), dtype=torch.int64)
+    relations = relations._replace(terms=relations.terms[2:])
+    return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
 
 # ---- the one autograd rule ------------------------------------------------------------------------------------------
@@ -223,16 +202,18 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def call(operator, implementation, *args):
+def call(operator: Callable, implementation: Callable, backend: str | None, args: tuple) -> tuple[Tensor, ...]:
     """The operator, or in eager mode what it comes to: the dispatcher's two detours through Python cost as much as a
-    small batch's kernels."""
+    small batch's kernels. ``backend`` is what lets forward-mode derivatives pass, or does not."""
     if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         return operator(*args)
-    # The backends made of torch's own operators carry tangents, unless a process group lies between (no name is last).
-    carries = args[-1] in ("reference", "torch")
-    if forward_ad._current_level >= 0 and not carries and any(map(_has_tangent, args[:2])):
+    if (
+        forward_ad._current_level >= 0
+        and any(map(_has_tangent, args[:2]))
+        and (backend is None or not backends.REGISTRY[backend].load().carries_tangents)
+    ):
         raise RuntimeError(NO_FORWARD_MODE)
-    return _Rule.apply(implementation, *args) if _needs_grad(*args[:2]) else implementation(*args)
+    return _Rule.apply(implementation, *args) if needs_grad(*args[:2]) else implementation(*args)
 
 
 def register(name, implementation, fake) -> None:
@@ -245,22 +226,18 @@ def register(name, implementation, fake) -> None:
             return operator(*args)
 
     def autograd(*args):
-        return _Rule.apply(below_autograd, *args) if _needs_grad(*args[:2]) else below_autograd(*args)
+        return _Rule.apply(below_autograd, *args) if needs_grad(*args[:2]) else below_autograd(*args)
 
     _library.impl(name, autograd, "Autograd")
 
 
 register(
     "relation_graph",
-    _relation_graph_impl,
-    lambda a, b, ta, tb, p, q, percentile, delta, exclude_self, need_grad, backend: relation_graph_fake(
-        a, b, ta, tb, need_grad
-    ),
+    _relation_graph,
+    lambda a, b, ta, tb, p, q, *rest: tuple(empty_graph_result(Sides(a, b, ta, tb), need_grad=rest[-2])),
 )
 register(
-    "vrm_graphs",
-    _vrm_graphs_impl,
-    lambda s, v, t, u, alpha, beta, percentile, delta, complete, need_grad, backend: vrm_graphs_fake(
-        s, v, t, u, need_grad
-    ),
+    "vrm_loss",
+    _vrm_loss,
+    lambda s, v, t, u, labels, weight, *rest: tuple(empty_loss_result(Views(s, v, t, u), need_grad=rest[-2])),
 )

@@ -14,6 +14,9 @@ from benchmarks.harness import environment, records
 from benchmarks.harness.measure import gemm_unit
 from benchmarks.harness.problem import ALPHA, BETA, PERCENTILE, Case, make_inputs
 from benchmarks.report import table
+from vrm_kernels import backends
+from vrm_kernels.backends.contract import LossSettings, Views
+from vrm_kernels.graph.constants import RELATION_EPS
 
 SIZES = ((64, 100), (256, 100), (512, 100), (128, 1000), (1024, 1000), (4096, 100))
 STAGES = ("center", "pack", "entropy", "threshold", "edges", "gradient")  # in the order of csrc/cpu/stages.h
@@ -25,15 +28,15 @@ PAGE = environment.ROOT / "docs" / "cpu.md"
 
 def measure(batch: int, classes: int, threads: int, seconds: float) -> dict[str, float]:
     """Median milliseconds of every stage of forward + backward (both graphs), of the whole call, and the GEMM unit."""
-    from vrm_kernels.backends.cpp import backend as cpp_backend
-
+    chosen = backends.REGISTRY["cpp"].load()
+    settings = LossSettings(ALPHA, BETA, True, True, PERCENTILE, 1.0, RELATION_EPS, False, 0.0, -100)
     case = Case("cpp", batch, classes, threads=threads)
     torch.set_num_threads(threads)
-    logits, _ = make_inputs(case)
-    logits = [x.detach() for x in logits]
+    logits, labels = make_inputs(case)
+    views = Views(*(x.detach() for x in logits))
 
     def call():
-        cpp_backend.vrm_graphs(*logits, ALPHA, BETA, PERCENTILE, 1.0, False, True)
+        chosen.vrm_loss(views, labels, None, settings, True)
 
     for _ in range(3):
         call()

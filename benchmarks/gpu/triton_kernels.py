@@ -27,9 +27,11 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.triton_faults import faults
 from benchmarks.report.table import rewrite
-from vrm_kernels.backends.triton import backend as triton_backend
+from vrm_kernels.backends.contract import GraphSettings, LossSettings, ShareSettings, Sides, Views
 from vrm_kernels.backends.triton import blocks, fused, large, plan, prepare, select
+from vrm_kernels.backends.triton.backend import TritonBackend
 from vrm_kernels.graph import selection
+from vrm_kernels.graph.constants import RELATION_EPS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "triton.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
@@ -154,29 +156,32 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
 
 def _make(call: Call) -> None:
     logits = [torch.empty(call.batch, call.classes, dtype=call.dtype, device="meta") for _ in range(4)]
+    backend = TritonBackend()
     if call.share:
-        _make_share(call, *logits)
+        _make_share(backend, call, *logits)
     elif call.relation:
         probs = tuple(torch.empty(call.batch, 10, device="meta") for _ in range(2))
-        triton_backend.relation_graph(*logits, probs, call.percentile, 1.0, False, call.need_grad)
+        settings = GraphSettings(call.percentile, 1.0, RELATION_EPS, False)
+        backend.relation_graph(Sides(*logits), probs, settings, call.need_grad)
     else:
-        triton_backend.vrm_graphs(*logits, 16.0, 8.0, call.percentile, 1.0, call.complete, call.need_grad)
+        settings = LossSettings(16.0, 8.0, False, False, call.percentile, 1.0, RELATION_EPS, call.complete, 0.0, -100)
+        backend.vrm_loss(Views(*logits), None, None, settings, call.need_grad)
 
 
-def _make_share(call: Call, a, b, teacher_a, teacher_b) -> None:
+def _make_share(backend: TritonBackend, call: Call, a, b, teacher_a, teacher_b) -> None:
     """What a process of two does for the graph over samples: the first half of them, with all."""
     own = slice(call.batch // 2)
     entropy = None
     if call.percentile < 100:
-        entropy = triton_backend.entropy_of_logs(a[own], b)
+        entropy = backend.entropy_of_logs(a[own], b)
         shift = 8 * call.dtype.itemsize
         for bits in selection.NARROW_DIGITS[call.dtype.itemsize]:
             shift -= bits
-            triton_backend.count_digits(entropy, torch.empty(2, dtype=torch.int64, device="meta"), shift, bits)
+            backend.count_digits(entropy, torch.empty(2, dtype=torch.int64, device="meta"), shift, bits)
     numbers = (torch.empty((), dtype=dtype, device="meta") for dtype in (call.dtype, torch.int64))
     grads = [torch.empty_like(x) for x in (a[own], b)] if call.need_grad else ()
-    sides = a[own], b, teacher_a[own], teacher_b
-    triton_backend.relation_share(*sides, None, entropy, *numbers, call.batch**2, 16.0, 1.0, call.complete, grads)
+    settings = ShareSettings(*numbers, call.batch**2, 16.0, 1.0, RELATION_EPS, call.complete)
+    backend.relation_share(Sides(a[own], b, teacher_a[own], teacher_b), None, entropy, settings, grads)
 
 
 def _launch(kernel: JITFunction, args: tuple, options: dict) -> Launch:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.harness.problem import ALPHA, BETA, PERCENTILE, elements, largest_graph
-from vrm_kernels import VRMLoss, backends, ops
+from vrm_kernels import VRMLoss, backends
 from vrm_kernels.backends import reference
+from vrm_kernels.backends.contract import Views, both_graphs, compute_dtype
 from vrm_kernels.graph import constants
 
 # Components of a row chunk of `chunked`: 64 MB a tensor in float32, large enough to keep every core busy.
@@ -30,11 +31,11 @@ class ChunkedLoss(nn.Module):
         self.alpha, self.beta, self.percentile, self.delta = alpha, beta, percentile, delta
 
     def forward(self, student_real: Tensor, student_virtual: Tensor, teacher_real: Tensor, teacher_virtual: Tensor, y):
-        dtype = ops.compute_dtype(student_real, student_virtual, teacher_real, teacher_virtual)
-        views = [x.to(dtype) for x in (student_real, student_virtual, teacher_real, teacher_virtual)]
-        loss = F.cross_entropy(views[0], y) + F.cross_entropy(views[1], y)
-        for weight, (vectors, probs) in zip((self.alpha, self.beta), ops.both_graphs(*views, False), strict=True):
-            loss = loss + weight * self.graph(*vectors, probs)
+        views = Views(student_real, student_virtual, teacher_real, teacher_virtual)
+        views = Views(*(x.to(compute_dtype(*views)) for x in views))
+        loss = F.cross_entropy(views.student_real, y) + F.cross_entropy(views.student_virtual, y)
+        for weight, (sides, probs) in zip((self.alpha, self.beta), both_graphs(views, False), strict=True):
+            loss = loss + weight * self.graph(*sides, probs)
         return loss
 
     def graph(self, a: Tensor, b: Tensor, teacher_a: Tensor, teacher_b: Tensor, probs) -> Tensor:
@@ -48,8 +49,9 @@ class ChunkedLoss(nn.Module):
 
     def chunk(self, a: Tensor, teacher_a: Tensor, mask: Tensor, b: Tensor, teacher_b: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher = reference.relations(teacher_a, teacher_b)
-        huber = F.huber_loss(reference.relations(a, b), teacher, reduction="none", delta=self.delta).sum(-1)
+            teacher = reference.relations(teacher_a, teacher_b, constants.RELATION_EPS)
+        student = reference.relations(a, b, constants.RELATION_EPS)
+        huber = F.huber_loss(student, teacher, reduction="none", delta=self.delta).sum(-1)
         return (huber * mask).sum()
 
 

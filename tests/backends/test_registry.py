@@ -26,7 +26,7 @@ def test_the_compiled_backend_is_usable_where_it_can_be_built():
 
 def test_describe_is_a_table_of_every_backend():
     lines = backends.describe().splitlines()
-    assert lines[0].split() == ["backend", "devices", "dtypes", "usable", "note"]
+    assert lines[0].split() == ["backend", "devices", "usable", "note"]
     rows = {line.split()[0]: line for line in lines[1:-1]}
     assert list(rows) == list(backends.REGISTRY)
     for name, row in rows.items():
@@ -41,9 +41,9 @@ def test_describe_is_a_table_of_every_backend():
 @pytest.mark.parametrize("name", list(backends.REGISTRY))
 def test_a_registered_backend_has_its_contract(name):
     backend = backends.REGISTRY[name]
-    assert backend.name == name and backend.dtypes
+    assert backend.name == name
     if backend.status()[0]:
-        assert callable(backend.load().relation_graph)
+        assert isinstance(backend.load(), backends.Backend)
 
 
 @pytest.mark.parametrize("name", [name for name, backend in backends.REGISTRY.items() if not backend.devices])

@@ -10,7 +10,7 @@ from helpers import MODES, Case
 from process_group import launch
 
 from vrm_kernels import VRMLoss, backends
-from vrm_kernels.distributed import loss as distributed
+from vrm_kernels.backends.contract import LossSettings
 from vrm_kernels.graph import selection
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch was built without torch.distributed")
@@ -109,13 +109,13 @@ def test_each_process_computes_a_share(world, sizes, relations):
 @pytest.mark.parametrize("relations", MODES)
 def test_bytes_received_are_those_of_the_formula(relations):
     world, batch, classes = 3, 5, 6
-    settings = 1 + 1 + 4 + 6 + 3  # batch size, classes, dtypes, the relations' settings, the cross-entropies'
+    settings = 1 + 1 + 4 + len(LossSettings._fields) + 3  # batch size, classes, dtypes, settings, modes
     bins = sum(2**bits for bits in selection.NARROW_DIGITS[4])
     matrix = (world - 1) * batch * classes * 4  # the other processes' rows
     block = matrix // world  # of this process's columns
     for with_gradients, without in launch(world, "traffic", batch, classes, relations):
         whole, columns = (4, 0) if relations == "complete" else (2, 3)
-        reduce = 2 * 2 * bins * 8 + (distributed.RELATION_TERMS + 3) * 8
+        reduce = 2 * 2 * bins * 8 + 5 * 8  # the four terms and what the cross-entropies are divided by
         expected = {"gather": whole * matrix + (world - 1) * settings * 8, "reduce": reduce}
         if columns:
             expected["swap"] = columns * block

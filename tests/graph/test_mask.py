@@ -13,8 +13,8 @@ from helpers import (
     settings_of,
 )
 
-from vrm_kernels import ops
 from vrm_kernels.backends import reference
+from vrm_kernels.backends.contract import Views, both_graphs
 from vrm_kernels.graph import pruning
 
 PERCENTILES = [0.0, 1.0, 30.0, 50.0, 99.0, 100.0]
@@ -84,7 +84,7 @@ def test_flips_at_the_threshold_are_bounded(backend, scale, relations):
     kept = evaluate(backend, logits, **settings).kept
     oracle = evaluate("reference", [x.double() for x in logits], **settings).kept
     complete = relations == "complete"
-    graphs = ops.both_graphs(*(x.double() for x in logits), complete)
+    graphs = both_graphs(Views(*(x.double() for x in logits)), complete)
     flips = []
     for count, wanted, (_, probs) in zip(kept, oracle, graphs, strict=True):
         entropy = pruning.joint_entropy(*probs)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from helpers import DTYPES, MODES, Case, evaluate, make_logits
+from helpers import DTYPES, GRAPH_SETTINGS, MODES, SETTINGS, Case, evaluate, make_labels, make_logits
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
+from vrm_kernels.backends.contract import compute_dtype
 from vrm_kernels.distributed import loss as distributed  # noqa: F401  registers its operator
 
-PUBLIC = {"vrm_graphs", "relation_graph", "vrm_graphs_distributed"}  # the last in test_distributed.py
+PUBLIC = {"vrm_loss", "relation_graph", "vrm_loss_distributed"}  # the last in test_distributed.py
 CPP = {
     "cpu_vrm_graphs",
     "cpu_relation_graph",
@@ -36,21 +37,23 @@ def test_every_operator_is_checked_here(any_backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relations", MODES)
 @pytest.mark.parametrize("need_grad", [False, True])
-def test_opcheck_vrm_graphs(backend, need_grad, relations, dtype):
-    check_vrm_graphs(backend, (6, 5), need_grad, relations, dtype)
+def test_opcheck_vrm_loss(backend, need_grad, relations, dtype):
+    check_vrm_loss(backend, (6, 5), need_grad, relations, dtype)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)], ids=str)
-def test_opcheck_vrm_graphs_of_one_row_or_column(backend, shape):
-    check_vrm_graphs(backend, shape, True, "complete", torch.float32)
+def test_opcheck_vrm_loss_of_one_row_or_column(backend, shape):
+    check_vrm_loss(backend, shape, True, "complete", torch.float32)
 
 
-def check_vrm_graphs(backend, shape, need_grad, relations, dtype):
+def check_vrm_loss(backend, shape, need_grad, relations, dtype):
     logits = make_logits(Case(shape), dtype, 0)
     for x in logits[:2]:
         x.requires_grad_(need_grad)
-    arguments = (2.0, 0.5, 30.0, 1.0, relations == "complete", need_grad, backend)
-    torch.library.opcheck(torch.ops.vrm_kernels.vrm_graphs, (*logits, *arguments))
+    settings = SETTINGS._replace(complete=relations == "complete")
+    weight = torch.ones(shape[1], dtype=compute_dtype(*logits))
+    arguments = (*logits, make_labels(*shape), weight, *settings, False, need_grad, backend)
+    torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
@@ -66,7 +69,7 @@ def test_opcheck_relation_graph(backend, exclude_self, need_grad, ranked, dtype)
     a.requires_grad_(need_grad)
     b.requires_grad_(need_grad)
     probs = (p, q) if ranked else (None, None)
-    arguments = (30.0, 1.0, exclude_self, need_grad, backend)
+    arguments = (*GRAPH_SETTINGS._replace(exclude_self=exclude_self), need_grad, backend)
     torch.library.opcheck(torch.ops.vrm_kernels.relation_graph, (a, b, teacher_a, teacher_b, *probs, *arguments))
 
 
@@ -75,16 +78,18 @@ def test_opcheck_on_strided_logits(backend):
     logits[1] = torch.randn(12, 15)[::2, ::3]
     for x in logits[:2]:
         x.requires_grad_()
-    torch.library.opcheck(torch.ops.vrm_kernels.vrm_graphs, (*logits, 2.0, 0.5, 30.0, 1.0, False, True, backend))
+    arguments = (*logits, make_labels(6, 5, "probabilities"), None, *SETTINGS, False, True, backend)
+    torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
 def test_without_gradients_none_are_computed(backend):
     """need_grad is what spares evaluation the gradient's work: the operator then returns empty ones."""
     logits = make_logits(Case((6, 5)), torch.float32, 0)
     for complete in (False, True):
-        outputs = torch.ops.vrm_kernels.vrm_graphs(*logits, 2.0, 0.5, 30.0, 1.0, complete, False, backend)
+        settings = SETTINGS._replace(complete=complete)
+        outputs = torch.ops.vrm_kernels.vrm_loss(*logits, make_labels(6, 5), None, *settings, False, False, backend)
         assert outputs[1].numel() == outputs[2].numel() == 0
-        outputs = torch.ops.vrm_kernels.relation_graph(*logits, None, None, 30.0, 1.0, False, False, backend)
+        outputs = torch.ops.vrm_kernels.relation_graph(*logits, None, None, *GRAPH_SETTINGS, False, backend)
         assert outputs[1].numel() == outputs[2].numel() == 0
 
 
@@ -92,10 +97,15 @@ def test_without_gradients_none_are_computed(backend):
 def test_the_operator_is_what_eager_mode_computes(backend, relations):
     """Eager calls skip the dispatcher: the same bits, gradients and refusal of second derivatives with it."""
     logits = make_logits(Case((17, 13)), torch.float32, 0)
-    eager = evaluate(backend, logits, alpha=2.0, beta=0.5, relations=relations)
+    labels = make_labels(17, 13)
+    eager = evaluate(
+        backend, logits, labels, alpha=2.0, beta=0.5, ce=(True, True), label_smoothing=0.1, relations=relations
+    )
     students = [x.clone().requires_grad_() for x in logits[:2]]
-    arguments = (*students, *logits[2:], 2.0, 0.5, 30.0, 1.0, relations == "complete", True, backend)
-    loss, *_, kept = torch.ops.vrm_kernels.vrm_graphs(*arguments)
+    settings = SETTINGS._replace(complete=relations == "complete")
+    loss, *_, kept = torch.ops.vrm_kernels.vrm_loss(
+        *students, *logits[2:], labels, None, *settings, False, True, backend
+    )
     grads = torch.autograd.grad(loss, students, create_graph=True)
     assert torch.equal(loss.detach(), eager.loss) and tuple(kept.tolist()) == eager.kept
     assert all(torch.equal(x, y) for x, y in zip(grads, eager.grads, strict=True))

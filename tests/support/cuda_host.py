@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-from vrm_kernels import backends
+from vrm_kernels.backends.registry import Entry
 
 ROOT = Path(__file__).parents[2]
 SHIM = ROOT / "tests" / "backends" / "cuda" / "shim"
@@ -79,10 +79,9 @@ def build() -> Path:
     return library
 
 
-def backend() -> backends.Backend:
-    return backends.Backend(
-        NAME, "vrm_kernels.backends.cuda.backend", ("cpu",), "as cuda", lambda: (True, "the CUDA sources on the host")
-    )
+def backend() -> Entry:
+    implementation = "vrm_kernels.backends.cuda.backend:CudaBackend"
+    return Entry(NAME, implementation, ("cpu",), lambda: (True, "the CUDA sources on the host"))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from helpers import Case, inputs, make_labels, make_logits, relative_error
+from helpers import SETTINGS, Case, inputs, make_labels, make_logits, relative_error
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -193,15 +193,15 @@ def training(rank: int, world: int, cases) -> list[float]:
 def shares(rank: int, world: int, relations: str, sizes, classes: int) -> list[tuple[int, int]]:
     """``(rows, columns)`` of the graphs that this process computed."""
     seen = []
-    module = backends.REGISTRY["torch"].load()
-    whole = module.relation_share
+    chosen = backends.REGISTRY["torch"].load()
+    whole = chosen.relation_share
 
-    def counted(a, b, *rest):
-        seen.append((len(a), len(b)))
-        return whole(a, b, *rest)
+    def counted(sides, *rest):
+        seen.append((len(sides.a), len(sides.b)))
+        return whole(sides, *rest)
 
     logits = [x[rows_of(rank, sizes)] for x in inputs(Case((sum(sizes), classes)), torch.float64)]
-    with mock.patch.object(module, "relation_share", counted):
+    with mock.patch.object(chosen, "relation_share", counted):
         VF.vrm_loss(
             *logits, None, 1.0, 1.0, False, False, relations=relations, backend="torch", gather_distributed=True
         )
@@ -374,7 +374,8 @@ def opcheck(rank: int, world: int) -> bool:
         logits = [x[4 * rank : 4 * rank + 4] for x in make_logits(Case((8, 5)), torch.float32, 0)]
         for x in logits[:2]:
             x.requires_grad_(need_grad)
-        sums, group = torch.zeros(3, dtype=torch.float64), dist.group.WORLD.group_name
-        arguments = (*logits, sums, 2.0, 0.5, 30.0, 1.0, True, need_grad, "torch", group, ["a setting"], [1.0])
-        torch.library.opcheck(torch.ops.vrm_kernels.vrm_graphs_distributed, arguments)
+        labels, weight = torch.tensor([0, 4, 2, 1]), torch.rand(5)
+        arguments = (*logits, labels, weight, *SETTINGS._replace(complete=True), True, need_grad, "torch")
+        group = dist.group.WORLD.group_name
+        torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss_distributed, (*arguments, group))
     return True

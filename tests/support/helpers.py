@@ -9,23 +9,27 @@ import torch
 import torch.nn.functional as F
 
 import vrm_kernels.functional as VF
-from vrm_kernels import backends, checks, ops
-from vrm_kernels.backends import reference
-from vrm_kernels.graph import constants, pruning
+from vrm_kernels import backends, checks
+from vrm_kernels.backends import contract, reference
+from vrm_kernels.backends.contract import GraphSettings, LossSettings, Views, both_graphs
+from vrm_kernels.graph import pruning
+from vrm_kernels.graph.constants import RELATION_EPS
 
 # The suite runs on the CPU; `make gpu-check` runs it again on a GPU, as torch's default device.
 DEVICE = torch.get_default_device().type
 ALL_BACKENDS = tuple(name for name, backend in backends.REGISTRY.items() if backend.runs_on(DEVICE))
 # Every backend that is not the oracle itself: a new one joins all the tests by being registered.
 BACKENDS = tuple(name for name in ALL_BACKENDS if name != "reference")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = checks.RELATIONS
+DTYPES = contract.DTYPES
 # A backend's relative error may be this, or twice the eager class's own in the same dtype, whichever is larger.
 FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 NEAR_CONVERGENCE_FLOOR = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 1e-4, torch.float16: 1e-4}
 # Units in the last place of the terms that cancel in a gradient, see assert_close.
 ROUNDINGS = 16
 GRAPH_WEIGHTS = ((1.0, 0.0), (0.0, 1.0))
+SETTINGS = LossSettings(2.0, 0.5, True, True, 30.0, 1.0, RELATION_EPS, False, 0.1, -100)
+GRAPH_SETTINGS = GraphSettings(30.0, 1.0, RELATION_EPS, False)
 
 
 class Result(NamedTuple):
@@ -91,7 +95,7 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
 def mask_is_settled(logits, percentile: float, relations: str) -> bool:
     """Whether float32 and float64 keep the same edges, with room for rounding on both sides of the threshold."""
     complete = relations == "complete"
-    graphs = [ops.both_graphs(*(x.to(dtype) for x in logits), complete) for dtype in (torch.float64, torch.float32)]
+    graphs = [both_graphs(Views(*(x.to(dtype) for x in logits)), complete) for dtype in (torch.float64, torch.float32)]
     return all(
         probs_settle_mask(probs64, probs32, percentile, complete)
         for (_, probs64), (_, probs32) in zip(*graphs, strict=True)
@@ -165,9 +169,10 @@ def assert_close(result: Result, oracle: Result, eager: Result, floor: float, un
         assert error <= bound, f"{name}: relative error {error:.2e} over {bound:.2e} (eager {allowed[name]:.2e})"
 
 
-def _relations_of_fixed_length(a, b, exclude_self=False):  # a vertex's difference to itself is zero, and so is this
+def _relations_of_fixed_length(a, b, eps, exclude_self=False):
+    # A vertex's difference to itself is zero, and so is this.
     difference = a[:, None] - b[None]
-    return difference / (difference.detach().norm(dim=-1, keepdim=True) + constants.RELATION_EPS)
+    return difference / (difference.detach().norm(dim=-1, keepdim=True) + eps)
 
 
 def expected(tensors, run=evaluate, **settings):

@@ -10,15 +10,17 @@ from helpers import Case, errors, evaluate, inputs
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
-from vrm_kernels.backends import reference
+from vrm_kernels.backends import Backend, reference
+from vrm_kernels.backends.contract import ShareSettings, Sides
 from vrm_kernels.distributed import collectives
 from vrm_kernels.distributed import shares as share_module
 from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph.constants import RELATION_EPS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def check_counts(module, dtype: torch.dtype, device="cpu") -> None:
+def check_counts(chosen: Backend, dtype: torch.dtype, device="cpu") -> None:
     """Every digit, behind one prefix and behind two, of numbers of every sign and size."""
     generator = torch.Generator().manual_seed(0)
     # Rows are apart, as those of a backend's entropies may be.
@@ -35,12 +37,20 @@ def check_counts(module, dtype: torch.dtype, device="cpu") -> None:
             prefixes = torch.stack((low, high)) >> (shift + bits)
             expected = selection.count_digits(values, prefixes, shift, bits)
             on_device = values.to(device).new_full((23, 64), torch.nan)[:, :57].copy_(values)
-            counts = module.count_digits(on_device, prefixes.to(device), shift, bits)
+            counts = chosen.count_digits(on_device, prefixes.to(device), shift, bits)
             assert torch.equal(counts.cpu(), expected) and expected.sum() > 0
 
 
 def check_shares(
-    module, dtype, *, exclude_self=False, percentile=30.0, sizes=(17, 24), classes=7, kind="random", device="cpu"
+    chosen: Backend,
+    dtype,
+    *,
+    exclude_self=False,
+    percentile=30.0,
+    sizes=(17, 24),
+    classes=7,
+    kind="random",
+    device="cpu",
 ) -> None:
     """The shares of one graph, computed one after the other, against the reference's whole graph."""
     n, weight, delta = sum(sizes), 3.0, 0.5
@@ -64,9 +74,8 @@ def check_shares(
     mask = entropy <= threshold
     if exclude_self:
         mask &= ~torch.eye(n, dtype=torch.bool)
-    whole = reference.masked_loss(
-        *students, teacher_a, teacher_b, mask, torch.tensor(kept), delta, exclude_self=exclude_self
-    )
+    sides = Sides(*students, teacher_a, teacher_b)
+    whole = reference.masked_loss(sides, mask, torch.tensor(kept), delta, RELATION_EPS, exclude_self)
     expected = [whole.detach(), *(weight * x for x in torch.autograd.grad(whole, students))]
 
     a, b, teacher_a, teacher_b, probs, logs, threshold = (
@@ -82,16 +91,17 @@ def check_shares(
         order = torch.cat((torch.arange(n)[own], torch.arange(begin), torch.arange(begin + size, n)))
         if not exclude_self:
             order = torch.arange(n)
-        share = a[own], b[order], teacher_a[own], teacher_b[order]
+        share = Sides(a[own], b[order], teacher_a[own], teacher_b[order])
         own_entropy = None
         if percentile < 100:
-            own_entropy = module.entropy_of_logs(probs[own], logs[order])
+            own_entropy = chosen.entropy_of_logs(probs[own], logs[order])
             if exclude_self:
                 own_entropy.diagonal().fill_(torch.inf)
         into = [torch.zeros_like(x) for x in share[:2]] if exclude_self else [grads[0][own], grads[1]]
-        settings = own_entropy, threshold, count, edges, weight, delta, exclude_self and percentile == 100
-        loss = module.relation_share(*share, None, *settings, into)
-        assert torch.equal(loss, module.relation_share(*share, None, *settings, ()))
+        alone = exclude_self and percentile == 100
+        settings = ShareSettings(threshold, count, edges, weight, delta, RELATION_EPS, alone)
+        loss = chosen.relation_share(share, None, own_entropy, settings, into)
+        assert torch.equal(loss, chosen.relation_share(share, None, own_entropy, settings, ()))
         total += loss
         if exclude_self:
             grads[0][own] += into[0]
@@ -156,11 +166,11 @@ def check_no_synchronisation(backend: str, case: Case) -> None:
 
 
 def check_shares_on_a_gpu(name: str, dtype: torch.dtype) -> None:
-    module = backends.REGISTRY[name].load()
-    check_counts(module, dtype, "cuda")
+    chosen = backends.REGISTRY[name].load()
+    check_counts(chosen, dtype, "cuda")
     for exclude_self, percentile, kind in itertools.product((False, True), (30.0, 100.0), ("random", "opposite")):
         settings = {"exclude_self": exclude_self, "percentile": percentile, "kind": kind}
-        check_shares(module, dtype, **settings, sizes=(57, 40), classes=33, device="cuda")
+        check_shares(chosen, dtype, **settings, sizes=(57, 40), classes=33, device="cuda")
 
 
 def check_group_on_a_gpu(name: str, relations: str, monkeypatch) -> None:

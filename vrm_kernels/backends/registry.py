@@ -1,40 +1,41 @@
 """The registry: which implementations exist, where each can run, and why one cannot.
 
-A backend computes one contract, written out in :mod:`vrm_kernels.ops`. Asked for by name it runs or raises; only
-``"auto"`` chooses, from the tensors' device alone, in the order of ``AUTO_ORDER``.
+Asked for by name a backend runs or raises; only ``"auto"`` chooses, from the tensors' device alone, in the order of
+``AUTO_ORDER``.
 """
 
+import functools
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from vrm_kernels.backends import cpp, cuda, triton
+from vrm_kernels.backends.contract import Backend
+from vrm_kernels.backends.status import Status
 
 # "auto" takes the first of these that runs on the tensors' device.
 AUTO_ORDER = ("cpp", "triton", "cuda", "torch")
 
 
 @dataclass(frozen=True)
-class Backend:
+class Entry:
     """One row of the registry.
 
-    ``module`` holds ``relation_graph`` (the contract is written out in :mod:`vrm_kernels.ops`) and may hold a fused
-    ``vrm_graphs``; it is imported when the backend is first used. ``devices`` are device types, ``()`` meaning any.
-    ``status`` says ``(usable, note)`` for this machine. ``interpreted`` are devices on which it only runs for tests,
-    slowly, and which "auto" does not give it. The module also holds what :mod:`vrm_kernels.distributed.loss` asks for.
+    ``implementation`` names a subclass of :class:`vrm_kernels.backends.contract.Backend`, ``module:Class``, which is
+    imported when the backend is first used. ``devices`` are device types, ``()`` meaning any. ``status`` says
+    ``(usable, note)`` for this machine. ``interpreted`` are devices on which it only runs for tests, slowly, and which
+    "auto" does not give it.
     """
 
     name: str
-    module: str
+    implementation: str
     devices: tuple[str, ...]
-    dtypes: str
-    status: Callable[[], tuple[bool, str]]
+    status: Status
     interpreted: tuple[str, ...] = ()
 
-    def load(self):
-        return importlib.import_module(self.module)
+    def load(self) -> Backend:
+        return _load(self.implementation)
 
     def runs_on(self, device_type: str) -> bool:
         return not self.devices or device_type in self.devices + self.interpreted
@@ -44,42 +45,42 @@ class Backend:
         return self.runs_on(device_type) and device_type not in self.interpreted
 
 
-_ALL_DTYPES = "float64 float32 bfloat16 float16"
+@functools.cache
+def _load(implementation: str) -> Backend:
+    module, _, name = implementation.partition(":")
+    return getattr(importlib.import_module(module), name)()
 
 
-def _always(note: str) -> Callable[[], tuple[bool, str]]:
+def _always(note: str) -> Status:
     return lambda: (True, note)
 
 
 REGISTRY = {
-    backend.name: backend
-    for backend in (
-        Backend(
+    entry.name: entry
+    for entry in (
+        Entry(
             "reference",
-            "vrm_kernels.backends.reference",
+            "vrm_kernels.backends.reference:ReferenceBackend",
             (),
-            _ALL_DTYPES,
             _always("the formulas, literally; stores every pairwise tensor; twice differentiable"),
         ),
-        Backend(
+        Entry(
             "torch",
-            "vrm_kernels.backends.torch",
+            "vrm_kernels.backends.torch:TorchBackend",
             (),
-            _ALL_DTYPES,
             _always(
                 "matrix products over row blocks, pure PyTorch; off the CPU it reads the device once or twice a block"
             ),
         ),
-        Backend("cpp", "vrm_kernels.backends.cpp.backend", ("cpu",), _ALL_DTYPES, cpp.status),
-        Backend(
+        Entry("cpp", "vrm_kernels.backends.cpp.backend:CppBackend", ("cpu",), cpp.status),
+        Entry(
             "triton",
-            "vrm_kernels.backends.triton.backend",
+            "vrm_kernels.backends.triton.backend:TritonBackend",
             ("cuda",),
-            _ALL_DTYPES,
             triton.status,
             interpreted=triton.interpreter_devices(),
         ),
-        Backend("cuda", "vrm_kernels.backends.cuda.backend", ("cuda",), _ALL_DTYPES, cuda.status),
+        Entry("cuda", "vrm_kernels.backends.cuda.backend:CudaBackend", ("cuda",), cuda.status),
     )
 }
 
@@ -112,12 +113,12 @@ def resolve(name: str, device: torch.device) -> str:
 
 
 def describe() -> str:
-    """A table of the backends: name, devices, dtypes, and whether each is usable here or why not."""
-    rows = [("backend", "devices", "dtypes", "usable", "note")]
+    """A table of the backends: name, devices, and whether each is usable here or why not."""
+    rows = [("backend", "devices", "usable", "note")]
     for backend in REGISTRY.values():
         usable, note = backend.status()
         devices = " ".join(backend.devices) or "any"
-        rows.append((backend.name, devices, backend.dtypes, "yes" if usable else "no", note))
-    widths = [max(len(row[k]) for row in rows) for k in range(4)]
-    lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(4)), row[4]]) for row in rows]
+        rows.append((backend.name, devices, "yes" if usable else "no", note))
+    widths = [max(len(row[k]) for row in rows) for k in range(3)]
+    lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]) for row in rows]
     return "\n".join([*lines, f"auto: the first of {', '.join(AUTO_ORDER)} that is usable on the tensors' device"])

@@ -24,15 +24,23 @@ Kept edges that are not certified, and those where ``n^2`` or ``m^2`` cancelled 
 literally, component by component, from the vectors as given.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vrm_kernels import ops
+from vrm_kernels.backends.contract import (
+    Backend,
+    GraphResult,
+    GraphSettings,
+    Probs,
+    ShareSettings,
+    Sides,
+    compute_dtype,
+)
 from vrm_kernels.backends.reference import kept_edges, share_mask
-from vrm_kernels.graph import pruning, selection
-from vrm_kernels.graph.constants import COUNT_EPS, RELATION_EPS
+from vrm_kernels.graph.constants import COUNT_EPS
 
 # Guard: n^2 and m^2 must exceed this fraction of the two squared norms that they are computed from. In float32, with
 # the student at the teacher + 1 % noise (64 x 10 to 256 x 10, 128 x 100), the gradient's relative error reached 6e-5
@@ -64,52 +72,47 @@ class Vertices(NamedTuple):
         return Vertices(*(field[rows] for field in self))
 
 
-def relation_graph(
-    a: Tensor,
-    b: Tensor,
-    teacher_a: Tensor,
-    teacher_b: Tensor,
-    probs: tuple[Tensor, Tensor] | None,
-    percentile: float,
-    delta: float,
-    exclude_self: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, kept, grad_a, grad_b)``: the contract is written out in :mod:`vrm_kernels.ops`."""
-    dtype = ops.compute_dtype(a, b, teacher_a, teacher_b)
-    vectors = [x.to(dtype).contiguous() for x in (a, b, teacher_a, teacher_b)]
-    if probs is not None:
-        probs = tuple(p.to(ops.compute_dtype(*probs)) for p in probs)
-    m, n = a.shape[0], b.shape[0]
-    keep = kept_edges(probs if percentile < 100 else None, m, n, percentile, exclude_self).to(a.device)
-    kept = keep.sum()
-    loss, grads = _masked(vectors, keep, kept, delta, need_grad)
-    # Zero, or NaN if anything is not finite: decided on the device.
-    poison = sum((x * 0).sum().to(dtype) for x in (*vectors, *(probs or ())))
-    if not need_grad:
-        return loss + poison, kept, loss.new_empty(0), loss.new_empty(0)
-    return loss + poison, kept, *(grad.add_(poison) for grad in grads)
+class TorchBackend(Backend):
+    carries_tangents = True
+
+    def relation_graph(
+        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
+    ) -> GraphResult:
+        dtype = compute_dtype(*sides)
+        sides = Sides(*(x.to(dtype).contiguous() for x in sides))
+        if probs is not None:
+            p, q = (x.to(compute_dtype(*probs)) for x in probs)
+            probs = p, q
+        m, n = len(sides.a), len(sides.b)
+        keep = kept_edges(probs, m, n, settings.percentile, settings.exclude_self).to(sides.a.device)
+        # Zero, or NaN if anything is not finite: decided on the device.
+        poison = sum((x * 0).sum().to(dtype) for x in (*sides, *(probs or ())))
+        kept = torch.where(poison == 0, keep.sum(), 0)
+        loss, grads = _masked(sides, keep, kept, settings.delta, settings.eps, need_grad)
+        if not need_grad:
+            return GraphResult(loss + poison, loss.new_empty(0), loss.new_empty(0), kept)
+        grad_a, grad_b = (grad.add_(poison) for grad in grads)
+        return GraphResult(loss + poison, grad_a, grad_b, kept)
+
+    def relation_share(
+        self,
+        sides: Sides,
+        probs: Probs | None,
+        entropy: Tensor | None,
+        settings: ShareSettings,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        sides = Sides(*(x.contiguous() for x in sides))
+        keep = share_mask(sides, entropy, settings)
+        loss, parts = _masked(sides, keep, settings.kept, settings.delta, settings.eps, bool(grads))
+        for grad, part in zip(grads, parts, strict=True):
+            grad.add_(part, alpha=settings.weight)
+        return loss + sum((x * 0).sum() for x in sides)
 
 
-entropy_of_logs = pruning.entropy_of_logs
-count_digits = selection.count_digits
-
-
-def relation_share(
-    a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
-) -> Tensor:
-    """The contract is written out in :mod:`vrm_kernels.distributed.loss`."""
-    vectors = [x.contiguous() for x in (a, b, teacher_a, teacher_b)]
-    keep = share_mask(a, b, entropy, threshold, exclude_self)
-    loss, parts = _masked(vectors, keep, kept, delta, bool(grads))
-    for grad, part in zip(grads, parts, strict=True):
-        grad.add_(part, alpha=weight)
-    return loss + sum((x * 0).sum() for x in vectors)
-
-
-def _masked(vectors: list[Tensor], keep: Tensor, kept: Tensor, delta: float, need_grad: bool):
+def _masked(vectors: Sides, keep: Tensor, kept: Tensor, delta: float, eps: float, need_grad: bool):
     """``(loss, gradients of the student's two sides, if any)``: of the edges in ``keep``, over ``kept``."""
-    (a_s, b_s), (a_t, b_t) = _centred(*vectors[:2]), _centred(*vectors[2:])
+    (a_s, b_s), (a_t, b_t) = _centred(vectors.a, vectors.b), _centred(vectors.teacher_a, vectors.teacher_b)
     scale = (_size(a_t, b_t) / _size(a_s, b_s)).clamp_(*SCALE_RANGE).nan_to_num_(1.0)
     a_s, b_s = a_s * scale, b_s * scale
     w, z = a_s - a_t, b_s - b_t
@@ -121,13 +124,15 @@ def _masked(vectors: list[Tensor], keep: Tensor, kept: Tensor, delta: float, nee
     step = max(1, _block_elements(loss.device) // len(z))
     for start in range(0, len(w), step):
         rows = slice(start, start + step)
-        blocks = [(x.block(rows), y) for x, y in sides]
-        q, beta, gamma, i, j = _certified_edges(*blocks, keep[rows], RELATION_EPS * scale, delta, need_grad)
+        student, teacher, residual = ((x.block(rows), y) for x, y in sides)
+        q, beta, gamma, i, j = _certified_edges(
+            student, teacher, residual, keep[rows], eps * scale, eps, delta, need_grad
+        )
         loss += q.sum() / 2
         if need_grad:
             _add_products(certified_grads, rows, beta, gamma, w[rows], z, a_s[rows], b_s)
         if i.numel():
-            loss += _literal_edges(vectors, i + start, j, delta, literal_grads)
+            loss += _literal_edges(vectors, i + start, j, delta, eps, literal_grads)
 
     count = kept.to(loss.dtype) + COUNT_EPS
     grads = zip(certified_grads, literal_grads, strict=True)
@@ -161,9 +166,8 @@ def _largest_component(pair: tuple[Vertices, Vertices], i: Tensor, j: Tensor) ->
     return torch.maximum(a.top[i] - b.bottom[j], b.top[j] - a.bottom[i])
 
 
-def _certified_edges(student, teacher, residual, keep, eps_s, delta, need_grad):
+def _certified_edges(student, teacher, residual, keep, eps_s, eps_t, delta, need_grad):
     """``q, beta, gamma`` of a block, zero but on certified edges, and the kept edges ``i, j`` left over."""
-    eps_t = RELATION_EPS
     n2, m2, h = (_squared_distances(pair) for pair in (student, teacher, residual))
     unguarded = _unguarded(student, n2) & _unguarded(teacher, m2)
     n, m = n2.sqrt(), m2.sqrt()
@@ -199,30 +203,30 @@ def _add_products(grads, rows, beta, gamma, w, z, a, b) -> None:
     grad_b.addcmul_(gamma.sum(0)[:, None], b, value=-1).addmm_(gamma.t(), a)
 
 
-def _literal_edges(vectors, i: Tensor, j: Tensor, delta: float, grads) -> Tensor:
+def _literal_edges(vectors, i: Tensor, j: Tensor, delta: float, eps: float, grads) -> Tensor:
     """The sum of the Huber losses of the edges ``i, j``, in chunks; adds their gradients to ``grads``, if any."""
     a, b, teacher_a, teacher_b = vectors
     total = a.new_zeros(())
     step = max(1, _block_elements(a.device) // a.shape[1])
     for i_chunk, j_chunk in zip(i.split(step), j.split(step), strict=True):
-        relation, length = _relations(a, b, i_chunk, j_chunk)
-        difference = _relations(teacher_a, teacher_b, i_chunk, j_chunk)[0].neg_().add_(relation)
+        relation, length = _relations(a, b, i_chunk, j_chunk, eps)
+        difference = _relations(teacher_a, teacher_b, i_chunk, j_chunk, eps)[0].neg_().add_(relation)
         slope = difference.clamp(-delta, delta)  # huber' ; and huber(x) = slope (x - slope / 2)
         total += torch.dot(slope.view(-1), difference.sub_(slope, alpha=0.5).view(-1))
         if grads:
             radial = (relation * slope).sum(1, keepdim=True) / length
             radial = torch.where(length > 0, radial, 0)
-            grad = slope.div_(length + RELATION_EPS).addcmul_(relation, radial, value=-1)
+            grad = slope.div_(length + eps).addcmul_(relation, radial, value=-1)
             grads[0].index_add_(0, i_chunk, grad)
             grads[1].index_add_(0, j_chunk, grad.neg_())
     return total
 
 
-def _relations(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+def _relations(a: Tensor, b: Tensor, i: Tensor, j: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The relations ``[E, D]`` of the edges ``i, j`` and the lengths ``[E, 1]`` of their differences."""
     difference = a.index_select(0, i).sub_(b.index_select(0, j))
     length = difference.norm(dim=1, keepdim=True)
-    return difference.div_(length + RELATION_EPS), length
+    return difference.div_(length + eps), length
 
 
 def _block_elements(device: torch.device) -> int:

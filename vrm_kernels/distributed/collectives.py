@@ -25,7 +25,7 @@ class Group:
     """A process group by name, and the sizes of its processes' batches once they are known."""
 
     def __init__(self, name: str):
-        self.group = dist.distributed_c10d._resolve_process_group(name)
+        self.group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
         self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
         self.sizes: list[int] = []
 

@@ -12,22 +12,11 @@ of its own rows:
 The gradient is multiplied by the number of processes, because DistributedDataParallel and FSDP average gradients over
 the processes, and averaging the share that each process's rows have in the global loss would divide it by that number.
 
-What a backend module gives for this, beside :mod:`vrm_kernels.ops`'s contract::
-
-    entropy_of_logs(P [m, K], L' [N, K]) -> [m, N]              as vrm_kernels.graph.pruning.entropy_of_logs
-    count_digits(entropy [m, N], prefixes, shift, bits)         as vrm_kernels.graph.selection.count_digits
-    relation_share(a [m, D], b [N, D], teacher_a, teacher_b, probs | None, entropy | None, threshold, kept, edges,
-                   weight, delta, exclude_self, grads) -> loss []
-
-The loss is the sum over the share's edges at or below ``threshold``, over ``kept``, both of the whole graph (of so
-many ``edges``) and on the device; ``weight`` times its gradients is added to ``grads``, two matrices of any strides or
-none. ``entropy`` is what entropy_of_logs gave, infinite where an edge does not exist; where it is ``None``, every edge
-is kept, but for the edges (i, i) with ``exclude_self``. All matrices have one dtype, float32 or float64.
+What a backend gives for this: the methods for process groups of :class:`vrm_kernels.backends.contract.Backend`.
 
 Entropies that are too many to be stored are computed again, a block of rows at a time: by the same calls, so that they
-are the same bits, and relation_share is called for each block. A module whose ``RECOMPUTES_ENTROPY`` is true does so
-itself, because its entropy_of_logs gives the same bits for any block of rows: relation_share is called once, with
-``probs``, (P, L'), and without ``entropy``. Nothing here waits for a GPU, but for the batch sizes.
+are the same bits, and relation_share is called for each block; a backend whose ``recomputes_entropy`` is true does so
+itself, and is called once. Nothing here waits for a GPU, but for the batch sizes.
 """
 
 from collections.abc import Sequence
@@ -36,85 +25,107 @@ import torch
 from torch import Tensor
 
 from vrm_kernels import backends, ops
+from vrm_kernels.backends.contract import DTYPES, LossResult, LossSettings, Views, compute_dtype, empty_loss_result
+from vrm_kernels.backends.cross_entropy import summed_cross_entropy
 from vrm_kernels.distributed import shares
 from vrm_kernels.distributed.collectives import Group, tensor_on
-from vrm_kernels.distributed.shares import Complete, InterView, Share
+from vrm_kernels.distributed.shares import Complete, InterView, Limits, Share
 from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph import zscore as zscores
 
-RELATION_TERMS = 2
+# Of a setting that users know by another name.
+PUBLIC_NAMES = {
+    "ce_real": "ce_loss_on_real",
+    "ce_virtual": "ce_loss_on_virtual",
+    "percentile": "unreliable_pruning_percentile",
+    "complete": "relations='complete'",
+}
 
-ops.define(
-    "vrm_graphs_distributed(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
-    "Tensor local_sums, float alpha, float beta, float percentile, float delta, bool complete, bool need_grad, "
-    "str backend, str group, str[] setting_names, float[] settings) "
-    "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept, Tensor global_sums)"
-)
-
-
-def vrm_graphs(
-    student_real, student_virtual, teacher_real, teacher_virtual, local_sums, *, alpha, beta, percentile, delta,
-    complete, backend, group, settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(alpha L_inter_sample + beta L_inter_class, the two terms [2], the two kept counts [2], global_sums)`` of the
-    global batch; the same on every process.
-
-    Args:
-        local_sums: float64 ``[K]``, to be summed over the processes.
-        group: name of the process group.
-        settings: further numbers in which the processes must agree, by name.
-    """
-    views = (student_real, student_virtual, teacher_real.detach(), teacher_virtual.detach())
-    need_grad = torch.is_grad_enabled() and (student_real.requires_grad or student_virtual.requires_grad)
-    arguments = (
-        *views, local_sums, alpha, beta, percentile, delta, complete, need_grad, backend, group, list(settings),
-        [float(x) for x in settings.values()],
-    )  # fmt: skip
-    loss, _, _, terms, kept, sums = ops.call(torch.ops.vrm_kernels.vrm_graphs_distributed, _implementation, *arguments)
-    return loss, terms, kept, sums
+ops.define(f"vrm_loss_distributed({ops.LOSS_ARGUMENTS}, str group) -> {ops.LOSS_RESULTS}")
 
 
-def _implementation(
-    s, v, t, u, local_sums, alpha, beta, percentile, delta, complete, need_grad, backend, group_name, names, settings
-):  # fmt: skip
+def vrm_loss(
+    views: Views,
+    labels: Tensor | None,
+    class_weight: Tensor | None,
+    settings: LossSettings,
+    zscore: bool,
+    backend: str,
+    group: str,
+) -> LossResult:
+    """The loss of the global batch, as :func:`vrm_kernels.ops.vrm_loss` gives that of one process; the same on every
+    process of the group of this name."""
+    real, virtual, teacher_real, teacher_virtual = views
+    views = Views(real, virtual, teacher_real.detach(), teacher_virtual.detach())
+    arguments = *views, labels, class_weight, *settings, zscore, ops.needs_grad(real, virtual), backend, group
+    return LossResult(*ops.call(torch.ops.vrm_kernels.vrm_loss_distributed, _vrm_loss, None, arguments))
+
+
+def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight, *rest):
+    *values, zscore, need_grad, backend_name, group_name = rest
+    settings = LossSettings(*values)
     group = Group(group_name)
-    module = backends.REGISTRY[backend].load()
-    dtype = ops.compute_dtype(s, v, t, u)
-    settings = dict(zip(names, settings, strict=True))
-    settings |= {"alpha": alpha, "beta": beta, "unreliable_pruning_percentile": percentile, "delta": delta}
-    settings |= {"relations='complete'": complete, "gradients enabled": need_grad}
-    _agree(group, (s, v, t, u), settings)
+    backend = backends.REGISTRY[backend_name].load()
+    views = Views(*(x.detach() for x in (real, virtual, teacher_real, teacher_virtual)))
+    dtype = compute_dtype(*views)
+    modes = {"normalize": zscore, "gradients enabled": need_grad, "class_weight": class_weight is not None}
+    _agree(group, views, settings, modes)
 
-    with torch.no_grad(), ops.without_autocast(s.device.type):
-        graphs = (Complete if complete else InterView)(
-            group, module, [x.detach() for x in (s, v, t, u)], dtype, ranked=percentile != 100
+    with torch.no_grad(), ops.without_autocast(real.device.type):
+        related = Views(*(zscores.zscore(x.to(dtype)) for x in views)) if zscore else views
+        graphs = (Complete if settings.complete else InterView)(
+            group, backend, related, dtype, ranked=settings.percentile != 100
         )
-        thresholds, kept = _thresholds(group, graphs.shares, percentile, dtype, s.device)
-        losses, wait_for_gradients = graphs.losses(thresholds, kept, (alpha, beta), delta, need_grad)
-        sums = group.sum(torch.cat((torch.stack(losses).double(), local_sums)), "sum of the loss")
-        terms, global_sums = sums.split((RELATION_TERMS, len(local_sums)))
-        loss = (alpha * terms[0] + beta * terms[1]).to(dtype)
-        # A process that saw a number that is not finite poisons the gradients of all.
+        limits = _limits(group, graphs.shares, settings.percentile, dtype, real.device)
+        losses, wait_for_gradients = graphs.losses(limits, settings, need_grad)
+        ce, divisor, ce_grads = _own_cross_entropies(views, labels, class_weight, settings, dtype, need_grad)
+        sums = group.sum(torch.stack([x.double() for x in (*ce, *losses, divisor)]), "sum of the loss")
+        divisor = torch.where(sums[4] == 0, 1, sums[4])
+        terms = torch.cat((sums[:2] / divisor, sums[2:4]))
+        weights = tensor_on(
+            real.device, [settings.ce_real, settings.ce_virtual, settings.alpha, settings.beta], torch.float64
+        )
+        loss = (terms @ weights).to(dtype)
+        # A process that saw a number that is not finite poisons the gradients, and the counts, of all.
         factor = group.world + loss * 0
         grads = [x.mul_(factor) for x in wait_for_gradients()] or [loss.new_empty(0), loss.new_empty(0)]
-        return loss, *grads, terms.to(dtype, copy=True), kept, global_sums.clone()
+        if zscore and need_grad:
+            grads = [zscores.zscore_backward(grad, x.to(dtype)) for grad, x in zip(grads, views[:2], strict=True)]
+        for grad, part in zip(grads, ce_grads, strict=True):
+            if part is not None:
+                grad.addcmul_(part, (group.world / divisor).to(dtype))
+        return loss, *grads, terms.to(dtype), torch.where(loss.isnan(), 0, limits.kept)
 
 
-def _agree(group: Group, views: tuple[Tensor, ...], settings: dict[str, float]) -> None:
+def _own_cross_entropies(views: Views, labels, class_weight, settings: LossSettings, dtype, need_grad: bool):
+    """``([sum of each view], divisor, [gradient of each sum, or None])`` of this process's samples."""
+    zero = torch.zeros((), dtype=dtype, device=views.student_real.device)
+    sums, divisor = [zero, zero], zero
+    grads: list[Tensor | None] = [None, None]
+    how = settings.label_smoothing, settings.ignore_index, need_grad
+    for k, wanted in enumerate((settings.ce_real, settings.ce_virtual)):
+        if wanted:
+            sums[k], divisor, grad = summed_cross_entropy(views[k].to(dtype), labels, class_weight, *how)
+            grads[k] = grad if need_grad else None
+    return sums, divisor, grads
+
+
+def _agree(group: Group, views: Views, settings: LossSettings, modes: dict[str, bool]) -> None:
     """Learns the batch sizes.
 
     Raises:
         ValueError: on every process, if they differ in anything but their batch's size, or all batches are empty.
     """
-    names = ("student_real", "student_virtual", "teacher_real", "teacher_virtual")
-    dtypes = {f"dtype of logits_{name}": ops.DTYPES.index(x.dtype) for name, x in zip(names, views, strict=True)}
-    batch, classes = views[0].shape
-    settings = {"number of classes": classes, **dtypes, **settings}
-    values = group.exchange([batch, *map(float, settings.values())], views[0].device)
-    for k, name in enumerate(settings, start=1):
+    dtypes = {f"dtype of logits_{name}": DTYPES.index(x.dtype) for name, x in views._asdict().items()}
+    batch, classes = views.student_real.shape
+    named = {PUBLIC_NAMES.get(name, name): value for name, value in settings._asdict().items()}
+    agreed = {"number of classes": classes, **dtypes, **named, **modes}
+    values = group.exchange([batch, *map(float, agreed.values())], views.student_real.device)
+    for k, name in enumerate(agreed, start=1):
         of = [row[k] for row in values]
         other = next((r for r, x in enumerate(of) if x != of[0]), None)
         if other is not None:
-            shown = [ops.DTYPES[int(x)] if name in dtypes else f"{x:g}" for x in (of[0], of[other])]
+            shown = [DTYPES[int(x)] if name in dtypes else f"{x:g}" for x in (of[0], of[other])]
             raise ValueError(
                 f"gather_distributed=True: the processes of the group differ in {name}: rank 0 has {shown[0]}, rank "
                 f"{other} has {shown[1]}. All must give logits of the same classes and dtypes and the same settings"
@@ -124,14 +135,13 @@ def _agree(group: Group, views: tuple[Tensor, ...], settings: dict[str, float]) 
         raise ValueError("gather_distributed=True: the batch of every process of the group is empty")
 
 
-def _thresholds(
+def _limits(
     group: Group, graphs: Sequence[Share], percentile: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """``(thresholds, kept)`` of the global graphs: the exact quantiles of their joint entropies, and how many edges are
-    at or below them."""
+) -> Limits:
+    """Of the global graphs: the exact quantiles of their joint entropies, and how many edges are at or below them."""
     if percentile == 100:
         kept = tensor_on(device, [share.edges for share in graphs], torch.int64)
-        return torch.full((len(graphs),), torch.inf, dtype=dtype, device=device), kept
+        return Limits(torch.full((len(graphs),), torch.inf, dtype=dtype, device=device), kept)
     positions = [pruning.rank(percentile / 100, share.edges, dtype) for share in graphs]
     # A rank that is whole does not look at the next value, which may be infinite.
     ranks = tensor_on(device, [[below, below + (weight > 0)] for below, weight in positions], torch.int64)
@@ -147,17 +157,11 @@ def _thresholds(
     values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=wide)
     low, high = values.unbind(1)
     threshold = low.lerp(high, weights)
-    return threshold, torch.where(threshold >= high, at_most[:, 1], at_most[:, 0])
-
-
-def _fake(s, v, t, u, local_sums, need_grad):
-    return *ops.vrm_graphs_fake(s, v, t, u, need_grad), torch.empty_like(local_sums)
+    return Limits(threshold, torch.where(threshold >= high, at_most[:, 1], at_most[:, 0]))
 
 
 ops.register(
-    "vrm_graphs_distributed",
-    _implementation,
-    lambda s, v, t, u, sums, alpha, beta, percentile, delta, complete, need_grad, backend, group, names, settings: (
-        _fake(s, v, t, u, sums, need_grad)
-    ),
+    "vrm_loss_distributed",
+    _vrm_loss,
+    lambda s, v, t, u, labels, weight, *rest: tuple(empty_loss_result(Views(s, v, t, u), need_grad=rest[-3])),
 )

@@ -7,12 +7,13 @@ the real views it needs its own rows and its own columns, of the virtual views e
 (:class:`Complete`) any two vertices are joined, and everything is needed.
 """
 
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from vrm_kernels.backends.contract import Backend, LossSettings, Probs, ShareSettings, Sides, Views
 from vrm_kernels.distributed.collectives import Group
 from vrm_kernels.graph import pruning
 
@@ -32,60 +33,72 @@ class Share:
         exclude_self: whether both sides are one set of vertices, the share's own first.
     """
 
-    def __init__(self, module: ModuleType, rows: int, vertices: int, probs, exclude_self: bool):
-        self.module, self.rows, self.vertices, self.exclude_self = module, rows, vertices, exclude_self
+    def __init__(self, backend: Backend, rows: int, vertices: int, probs: Probs | None, exclude_self: bool):
+        self.backend, self.rows, self.vertices, self.exclude_self = backend, rows, vertices, exclude_self
         self.edges = pruning.edge_count(vertices, vertices, exclude_self)
-        self.keep_all, self.probs, self.entropy = probs is None, probs, None
+        self.probs = probs
+        self.entropy: Tensor | None = None
         self.step = max(1, rows)
         if probs is not None and rows > 0:
             size = rows * vertices * probs[0].element_size()
             stored = STORED_ENTROPY_BYTES if probs[0].device.type == "cpu" else STORED_ENTROPY_BYTES_GPU
             if size <= stored:
-                self.entropy, self.probs = self._entropies(0, rows), None
+                self.entropy = self._entropies(probs, 0, rows)
             else:
                 step = max(1, stored * rows // size)
                 self.step = step // ROWS_MULTIPLE * ROWS_MULTIPLE or step
 
-    def _entropies(self, begin: int, end: int) -> Tensor:
-        entropy = self.module.entropy_of_logs(self.probs[0][begin:end], self.probs[1])
+    def _entropies(self, probs: Probs, begin: int, end: int) -> Tensor:
+        entropy = self.backend.entropy_of_logs(probs[0][begin:end], probs[1])
         if self.exclude_self:  # a vertex with itself: behind every ranked edge
             entropy.diagonal(begin).fill_(torch.inf)
         return entropy
 
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self, probs: Probs) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and the entropies of their edges: all of them if they are stored."""
         for begin in range(0, self.rows, self.step):
             end = min(self.rows, begin + self.step)
-            yield slice(begin, end), self._entropies(begin, end) if self.entropy is None else self.entropy
+            yield slice(begin, end), self._entropies(probs, begin, end) if self.entropy is None else self.entropy
 
     def count_digits(self, prefixes: Tensor, shift: int, bits: int) -> Tensor:
         """As :func:`vrm_kernels.graph.selection.count_digits`, of the share's joint entropies."""
         if self.entropy is not None:
-            return self.module.count_digits(self.entropy, prefixes, shift, bits)
+            return self.backend.count_digits(self.entropy, prefixes, shift, bits)
         counts = prefixes.new_zeros(len(prefixes), 2**bits)
-        for _, entropy in self._blocks():
-            counts += self.module.count_digits(entropy, prefixes, shift, bits)
+        for _, entropy in self._blocks(self.probs) if self.probs is not None else ():
+            counts += self.backend.count_digits(entropy, prefixes, shift, bits)
         return counts
 
-    def loss(self, sides: Sequence[Tensor], threshold, kept, weight: float, delta: float, grads) -> Tensor:
-        """The share's part of the graph's loss; adds ``weight`` times its gradients to ``grads``, one a side or none.
-
-        Args:
-            sides: student ``[rows, D]`` and ``[vertices, D]``, teacher likewise.
-        """
+    def loss(self, sides: Sides, settings: ShareSettings, grads: Sequence[Tensor]) -> Tensor:
+        """The share's part of the graph's loss: see :meth:`vrm_kernels.backends.contract.Backend.relation_share`."""
         if self.rows == 0:
-            return sides[0].new_zeros(())
-        settings = threshold, kept, self.edges, weight, delta
-        recomputes = self.entropy is None and getattr(self.module, "RECOMPUTES_ENTROPY", False)
-        if self.keep_all or recomputes:
-            return self.module.relation_share(*sides, self.probs, None, *settings, self.exclude_self, grads)
+            return sides.a.new_zeros(())
+        if self.probs is None or (self.entropy is None and self.backend.recomputes_entropy):
+            return self.backend.relation_share(sides, self.probs, None, settings, grads)
         a, b, teacher_a, teacher_b = sides
         loss = a.new_zeros(())
-        for rows, entropy in self._blocks():  # whose infinities exclude a vertex with itself
-            part = a[rows], b, teacher_a[rows], teacher_b
+        settings = settings._replace(exclude_self=False)  # the entropies' infinities do
+        for rows, entropy in self._blocks(self.probs):
+            part = Sides(a[rows], b, teacher_a[rows], teacher_b)
             into = (grads[0][rows], grads[1]) if grads else ()
-            loss += self.module.relation_share(*part, None, entropy, *settings, False, into)
+            loss += self.backend.relation_share(part, None, entropy, settings, into)
         return loss
+
+
+class Limits(NamedTuple):
+    """Of the inter-sample and of the inter-class graph of the global batch."""
+
+    thresholds: Tensor  # [2], of the joint entropies
+    kept: Tensor  # [2] int64
+
+
+def _share_settings(share: Share, limits: Limits, settings: LossSettings, by_class: int) -> ShareSettings:
+    weight = settings.beta if by_class else settings.alpha
+    threshold, kept = limits.thresholds[by_class], limits.kept[by_class]
+    return ShareSettings(threshold, kept, share.edges, weight, settings.delta, settings.eps, share.exclude_self)
+
+
+Wait = Callable[[], list[Tensor]]
 
 
 class InterView:
@@ -97,14 +110,16 @@ class InterView:
         ranked: whether edges are pruned, and joint entropies needed.
     """
 
-    def __init__(self, group: Group, module: ModuleType, views: Sequence[Tensor], dtype: torch.dtype, ranked: bool):
+    def __init__(self, group: Group, backend: Backend, views: Views, dtype: torch.dtype, ranked: bool):
         real, virtual, teacher_real, teacher_virtual = views
         self.group, self.dtype = group, dtype
         self.real, self.teacher_real = real.to(dtype), teacher_real.to(dtype)
         # Everything is on its way at once, in the order of its use.
         wait_virtual = group.start_gather_rows(virtual)
-        probs = self.real.softmax(1) if ranked else None
-        wait_probs = group.start_swap_columns(probs) if ranked else None
+        wait_probs, probs = None, None
+        if ranked:
+            probs = self.real.softmax(1)
+            wait_probs = group.start_swap_columns(probs)
         self.waits = (
             group.start_swap_columns(real),
             group.start_swap_columns(teacher_real),
@@ -113,57 +128,49 @@ class InterView:
         self.virtual = wait_virtual().to(dtype)
         samples, classes = self.virtual.shape
         by_sample = by_class = None
-        if ranked:
+        if probs is not None and wait_probs is not None:
             logs = pruning.log_probs(self.virtual.softmax(1), inplace=True)
             by_sample, by_class = (probs, logs), (wait_probs().t(), logs.t())
         block = group.share_of(classes)
         self.shares = (
-            Share(module, len(real), samples, by_sample, False),
-            Share(module, block.stop - block.start, classes, by_class, False),
+            Share(backend, len(real), samples, by_sample, False),
+            Share(backend, block.stop - block.start, classes, by_class, False),
         )
 
-    def losses(self, thresholds, kept, weights, delta: float, need_grad: bool):
+    def losses(self, limits: Limits, settings: LossSettings, need_grad: bool) -> tuple[list[Tensor], Wait]:
         """The shares' losses, and a function that waits and returns the gradients of this process's rows, or none."""
         block, teacher_block, teacher_virtual = (wait().to(self.dtype) for wait in self.waits)
-        whole = self.virtual, teacher_virtual
-        grad_block, grad_virtual, grad_real = (
-            [torch.zeros_like(x) for x in (block, self.virtual, self.real)] if need_grad else [None] * 3
-        )
+        by_sample, by_class = (_share_settings(x, limits, settings, k) for k, x in enumerate(self.shares))
+        samples = Sides(self.real, self.virtual, self.teacher_real, teacher_virtual)
+        classes = Sides(block.t(), self.virtual.t(), teacher_block.t(), teacher_virtual.t())
+        if not need_grad:
+            return [self.shares[0].loss(samples, by_sample, ()), self.shares[1].loss(classes, by_class, ())], list
+        grad_block, grad_virtual, grad_real = (torch.zeros_like(x) for x in (block, self.virtual, self.real))
         # The classes first: their gradients travel while the samples' are computed.
-        sides = block.t(), whole[0].t(), teacher_block.t(), whole[1].t()
-        into = (grad_block.t(), grad_virtual.t()) if need_grad else ()
-        by_class = self.shares[1].loss(sides, thresholds[1], kept[1], weights[1], delta, into)
-        wait_block = self.group.start_return_columns(grad_block, grad_real) if need_grad else None
-        sides = self.real, whole[0], self.teacher_real, whole[1]
-        into = (grad_real, grad_virtual) if need_grad else ()
-        by_sample = self.shares[0].loss(sides, thresholds[0], kept[0], weights[0], delta, into)
-        wait_virtual = self.group.start_sum_rows(grad_virtual) if need_grad else None
-
-        def wait() -> list[Tensor]:
-            return [wait_block(), wait_virtual()] if need_grad else []
-
-        return [by_sample, by_class], wait
+        of_classes = self.shares[1].loss(classes, by_class, (grad_block.t(), grad_virtual.t()))
+        wait_block = self.group.start_return_columns(grad_block, grad_real)
+        of_samples = self.shares[0].loss(samples, by_sample, (grad_real, grad_virtual))
+        wait_virtual = self.group.start_sum_rows(grad_virtual)
+        return [of_samples, of_classes], lambda: [wait_block(), wait_virtual()]
 
 
 class Complete:
     """Shares of graphs over the vertices of both views together: see :class:`InterView`."""
 
-    def __init__(self, group: Group, module: ModuleType, views: Sequence[Tensor], dtype: torch.dtype, ranked: bool):
+    def __init__(self, group: Group, backend: Backend, views: Views, dtype: torch.dtype, ranked: bool):
         self.group, self.dtype = group, dtype
         waits = [group.start_gather_rows(x) for x in views]
         self.student, self.waits = [wait().to(dtype) for wait in waits[:2]], waits[2:]
         samples, classes = self.student[0].shape
         self.blocks = group.own_rows(), group.share_of(classes)
         self.orders = [self._own_first(n, block) for n, block in zip((samples, classes), self.blocks, strict=True)]
-        probs = logs = None
-        if ranked:
-            probs = [x.softmax(1) for x in self.student]
-            logs = [pruning.log_probs(p) for p in probs]
+        probs = [x.softmax(1) for x in self.student] if ranked else []
+        logs = [pruning.log_probs(p) for p in probs]
         self.shares = []
         for by_class, n in enumerate((samples, classes)):
             own = 2 * (self.blocks[by_class].stop - self.blocks[by_class].start)
             ranking = (self._vertices(probs, by_class)[:own], self._vertices(logs, by_class)) if ranked else None
-            self.shares.append(Share(module, own, 2 * n, ranking, True))
+            self.shares.append(Share(backend, own, 2 * n, ranking, True))
 
     def _own_first(self, n: int, block: slice) -> Tensor:
         """The stacked vertices of both views, the share's own before the others: so an edge of a vertex with itself is
@@ -176,7 +183,7 @@ class Complete:
     def _vertices(self, views: Sequence[Tensor], by_class: int) -> Tensor:
         return torch.cat([x.t() if by_class else x for x in views])[self.orders[by_class]]
 
-    def losses(self, thresholds, kept, weights, delta: float, need_grad: bool):
+    def losses(self, limits: Limits, settings: LossSettings, need_grad: bool) -> tuple[list[Tensor], Wait]:
         """As :meth:`InterView.losses`."""
         teacher = [wait().to(self.dtype) for wait in self.waits]
         grads = [torch.zeros_like(x) for x in self.student] if need_grad else []
@@ -184,9 +191,9 @@ class Complete:
         for by_class, share in enumerate(self.shares):
             students, teachers = (self._vertices(views, by_class) for views in (self.student, teacher))
             own = students[: share.rows]
-            into = [torch.zeros_like(own), torch.zeros_like(students)] if need_grad else ()
-            sides = own, students, teachers[: share.rows], teachers
-            losses.append(share.loss(sides, thresholds[by_class], kept[by_class], weights[by_class], delta, into))
+            into = [torch.zeros_like(own), torch.zeros_like(students)] if need_grad else []
+            sides = Sides(own, students, teachers[: share.rows], teachers)
+            losses.append(share.loss(sides, _share_settings(share, limits, settings, by_class), into))
             if need_grad:
                 into[1][: share.rows] += into[0]
                 both = torch.empty_like(into[1])

@@ -34,6 +34,11 @@ def edge_count(m: int, n: int, exclude_self: bool) -> int:
     return m * n - (m if exclude_self else 0)
 
 
+def threshold_rank(percentile: float, m: int, n: int, exclude_self: bool, dtype: torch.dtype) -> tuple[int, float]:
+    """:func:`rank` of the threshold among the entropies of an ``m x n`` graph."""
+    return rank(percentile / 100, edge_count(m, n, exclude_self), dtype)
+
+
 def log_probs(probs: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
     """``log(P' + 1e-7)``, the second factor of the joint entropy; ``inplace``: in the place of ``probs``."""
     return (probs.add_(ENTROPY_EPS) if inplace else probs + ENTROPY_EPS).log_()

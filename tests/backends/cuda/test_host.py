@@ -14,7 +14,17 @@ import cuda_host
 import pytest
 import torch
 from cuda_resources import STEPS
-from helpers import FLOOR, MODES, NEAR_CONVERGENCE_FLOOR, Case, assert_parity, evaluate, inputs, make_logits
+from helpers import (
+    FLOOR,
+    GRAPH_SETTINGS,
+    MODES,
+    NEAR_CONVERGENCE_FLOOR,
+    Case,
+    assert_parity,
+    evaluate,
+    inputs,
+    make_logits,
+)
 from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
 from test_extremes import (  # noqa: F401
     test_a_student_that_equals_its_teacher_up_to_a_factor_has_no_loss,
@@ -43,7 +53,7 @@ from test_mask import (  # noqa: F401
 from test_nan import BAD, poisoned, test_no_finite_tensor_at_all  # noqa: F401
 from test_operators import (  # noqa: F401
     test_opcheck_on_strided_logits,
-    test_opcheck_vrm_graphs_of_one_row_or_column,
+    test_opcheck_vrm_loss_of_one_row_or_column,
     test_the_operator_is_what_eager_mode_computes,
     test_without_gradients_none_are_computed,
 )
@@ -55,7 +65,7 @@ from test_settings import (  # noqa: F401
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
-from vrm_kernels.backends import reference
+from vrm_kernels.backends.contract import Sides
 from vrm_kernels.distributed import shares as share_module
 from vrm_kernels.graph import pruning, selection
 
@@ -100,7 +110,7 @@ IN_ONE_FORM = {
     "test_mixed_dtypes_compute_in_what_they_promote_to",
     "test_inputs_are_left_as_they_were",
     "test_opcheck_on_strided_logits",
-    "test_opcheck_vrm_graphs_of_one_row_or_column",
+    "test_opcheck_vrm_loss_of_one_row_or_column",
     "test_the_operator_is_what_eager_mode_computes",
     "test_without_gradients_none_are_computed",
     "test_kept_counts_are_the_references_in_every_dtype",
@@ -211,24 +221,22 @@ def test_both_sides_of_one_vertex_set_get_their_gradients(host, monkeypatch, for
     set_form(monkeypatch, form)
     x, teacher = torch.randn(2, 35, 6, dtype=torch.float64)
     probs = torch.randn(35, 4, dtype=torch.float64).softmax(1)
-    sides = [x.clone().requires_grad_() for _ in range(2)]
-    expected, kept = reference.relation_graph(*sides, teacher, teacher, (probs, probs), 30.0, 1.0, True)
-    module = backends.REGISTRY[cuda_host.NAME].load()
-    loss, count, *grads = module.relation_graph(x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True, True)
-    assert int(count) == int(kept)
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
-    for grad, wanted in zip(grads, torch.autograd.grad(expected, sides), strict=True):
+    arguments = Sides(x, x, teacher, teacher), (probs, probs), GRAPH_SETTINGS._replace(exclude_self=True), True
+    expected, result = (backends.REGISTRY[n].load().relation_graph(*arguments) for n in ("reference", cuda_host.NAME))
+    assert int(result.kept) == int(expected.kept)
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-10, atol=0)
+    for grad, wanted in zip(result[1:3], expected[1:3], strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
 
 
 @FLOATS
 def test_one_vertex_on_both_sides_has_no_edges(host, dtype):
     x, teacher, probs = torch.randn(1, 6, dtype=dtype), torch.randn(1, 6, dtype=dtype), torch.ones(1, 1, dtype=dtype)
-    arguments = (x, x, teacher, teacher, (probs, probs), 30.0, 1.0, True)
-    expected, kept = reference.relation_graph(*arguments)
-    loss, count, *grads = backends.REGISTRY[cuda_host.NAME].load().relation_graph(*arguments, True)
-    assert float(loss) == float(expected) == 0 and int(count) == int(kept) == 0
-    assert all(torch.equal(grad, torch.zeros_like(x)) for grad in grads)
+    arguments = Sides(x, x, teacher, teacher), (probs, probs), GRAPH_SETTINGS._replace(exclude_self=True), True
+    for name in ("reference", cuda_host.NAME):
+        loss, *grads, kept = backends.REGISTRY[name].load().relation_graph(*arguments)
+        assert float(loss) == int(kept) == 0
+        assert all(torch.equal(grad, torch.zeros_like(x)) for grad in grads)
 
 
 def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatch):

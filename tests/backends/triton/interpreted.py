@@ -13,8 +13,10 @@ import torch
 from helpers import (
     DTYPES,
     FLOOR,
+    GRAPH_SETTINGS,
     MODES,
     NEAR_CONVERGENCE_FLOOR,
+    SETTINGS,
     Case,
     assert_close,
     assert_parity,
@@ -23,6 +25,7 @@ from helpers import (
     evaluate_relation,
     expected_of,
     inputs,
+    make_labels,
     make_logits,
     settings_of,
 )
@@ -31,12 +34,13 @@ from share_checks import check_counts, check_group_of_one, check_shares, group_o
 from triton.runtime.interpreter import InterpretedFunction
 
 import vrm_kernels.functional as VF
-from vrm_kernels import backends, ops
-from vrm_kernels.backends.triton import backend as triton_backend
-from vrm_kernels.backends.triton import large, plan, stages
+from vrm_kernels import backends
+from vrm_kernels.backends.contract import Sides
+from vrm_kernels.backends.triton import large, plan, small, stages
 from vrm_kernels.distributed import shares as share_module
 from vrm_kernels.graph import pruning, selection
 
+BACKEND = backends.REGISTRY["triton"].load()
 REGIMES = ("small", "large")
 SHAPE = (18, 7)  # two tiles each way over samples, the second ragged, and one over classes
 TURNED = (7, 18)
@@ -228,12 +232,14 @@ def test_self_edges_of_one_set(regime):
     """The operator's exclude_self: both sides are one vertex set."""
     a, _, ta, _ = make_logits(Case((9, 6)), torch.float32, 0)
     p = a.softmax(1)
-    arguments = (a, a.clone(), ta, ta.clone(), (p, p.clone()), 30.0, 1.0, True, True)
-    loss, kept, *grads = triton_backend.relation_graph(*arguments)
-    expected, expected_kept, *expected_grads = backends.REGISTRY["torch"].load().relation_graph(*arguments)
-    assert kept == expected_kept
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    for grad, wanted in zip(grads, expected_grads, strict=True):
+    sides, settings = Sides(a, a.clone(), ta, ta.clone()), GRAPH_SETTINGS._replace(exclude_self=True)
+    result, expected = (
+        backends.REGISTRY[name].load().relation_graph(sides, (p, p.clone()), settings, True)
+        for name in ("triton", "torch")
+    )
+    assert result.kept == expected.kept
+    torch.testing.assert_close(result.loss, expected.loss, rtol=1e-5, atol=0)
+    for grad, wanted in zip(result[1:3], expected[1:3], strict=True):
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -306,7 +312,7 @@ def test_a_threshold_and_a_count_from_elsewhere(monkeypatch):
     graphs = (stages.Graph(False, b, b, b, 2 * b, c), stages.Graph(True, c, c, c, 2 * c, b))
     precision = plan.Precision(torch.float32, torch.float32)
     problem = stages.Problem(tuple(logits), graphs, (1.0, 0.0), 30.0, 1.0, False, False, precision)
-    for module in (triton_backend.small, large):
+    for module in (small, large):
         prepared = stages.prepare(problem, softmax=True)
         prepared = stages.with_probs(prepared, prepared.probs, prepared.surprisals[b:])
         if module is large:
@@ -314,7 +320,7 @@ def test_a_threshold_and_a_count_from_elsewhere(monkeypatch):
             selection = large.select(problem, prepared, entropies)
             extra = (entropies,)
         else:
-            selection, extra = triton_backend.small.select(problem, prepared), ()
+            selection, extra = small.select(problem, prepared), ()
         doubled = torch.tensor([[2 * whole.kept[0], whole.kept[1]]] * 2)
         selection = dataclasses.replace(selection, counts=doubled)
         totals, grads = module.losses_and_gradients(problem, prepared, selection, *extra, True)
@@ -346,8 +352,8 @@ def test_operator(regime):
     logits = make_logits(Case((6, 5)), torch.float32, 0)
     for x in logits[:2]:
         x.requires_grad_()
-    arguments = (2.0, 0.5, 30.0, 1.0, False, True, "triton")
-    torch.library.opcheck(torch.ops.vrm_kernels.vrm_graphs, (*logits, *arguments))
+    arguments = (*logits, make_labels(6, 5), None, *SETTINGS, False, True, "triton")
+    torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
 def test_the_precision_switch_is_followed(monkeypatch):
@@ -372,8 +378,8 @@ def test_auto_leaves_the_interpreter_alone():
 
 def test_the_kernels_are_what_ran(monkeypatch):
     calls = []
-    real = ops.backends.REGISTRY["triton"].load().vrm_graphs
-    monkeypatch.setattr(triton_backend, "vrm_graphs", lambda *args: calls.append(args) or real(*args))
+    real = BACKEND.vrm_loss
+    monkeypatch.setattr(BACKEND, "vrm_loss", lambda *args: calls.append(args) or real(*args))
     evaluate("triton", make_logits(Case((5, 3)), torch.float32, 0))
     assert len(calls) == 1
     assert pruning.rank(0.3, 10, torch.float32)[0] == 2
@@ -384,18 +390,18 @@ def test_the_kernels_are_what_ran(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_counts_of_digits_are_torchs(dtype):
-    check_counts(triton_backend, dtype)
+    check_counts(BACKEND, dtype)
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("percentile", [30.0, 100.0])
 def test_shares_add_up_to_the_whole_graph(regime, percentile, exclude_self):
-    check_shares(triton_backend, torch.float32, percentile=percentile, exclude_self=exclude_self, sizes=(5, 13))
+    check_shares(BACKEND, torch.float32, percentile=percentile, exclude_self=exclude_self, sizes=(5, 13))
 
 
 def test_shares_of_literal_edges_and_in_float64(regime):
-    check_shares(triton_backend, torch.float32, kind="opposite", sizes=(5, 13))
-    check_shares(triton_backend, torch.float64, sizes=(5, 13))
+    check_shares(BACKEND, torch.float32, kind="opposite", sizes=(5, 13))
+    check_shares(BACKEND, torch.float64, sizes=(5, 13))
 
 
 @pytest.mark.parametrize("relations", MODES)

@@ -6,16 +6,13 @@ import importlib
 import torch
 
 from vrm_kernels.backends import build_record
+from vrm_kernels.backends.status import constant
 
 
+@constant
 def status() -> tuple[bool, str]:
     """``(usable, note)``: what the build can do on this CPU, or why it is missing."""
     return _load()
-
-
-# torch.compile need not trace an import. This is all that torch.compiler.assume_constant_result does, besides taking a
-# second to import the compiler.
-status._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -1,61 +1,83 @@
 """The `cpp` backend: the fused C++ kernels of ``csrc/cpu``, loss and both gradients in one call."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 import vrm_kernels._C  # noqa: F401  registers the operators
-from vrm_kernels import ops
+from vrm_kernels.backends.contract import (
+    Backend,
+    GraphResult,
+    GraphSettings,
+    LossResult,
+    LossSettings,
+    Probs,
+    ShareSettings,
+    Sides,
+    Views,
+    compute_dtype,
+    empty_graph_result,
+    empty_loss_result,
+    threshold_ranks,
+    with_cross_entropies,
+)
 from vrm_kernels.graph import pruning
 
 _cpu = torch.ops.vrm_kernels
 ENTROPY_PAD = 64  # csrc/cpu/relation_graph.h: whole panels are written
-RECOMPUTES_ENTROPY = True  # entropy_of_logs of a block of rows has the bits of the whole's
 
 
-def _threshold_rank(rows, columns, percentile, exclude_self, dtype) -> tuple[int, float]:
-    return pruning.rank(percentile / 100, pruning.edge_count(rows, columns, exclude_self), dtype)
+class CppBackend(Backend):
+    recomputes_entropy = True
 
+    def relation_graph(
+        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
+    ) -> GraphResult:
+        percentile, delta, _, exclude_self = settings
+        dtype = compute_dtype(*sides)
+        rank, weight = pruning.threshold_rank(percentile, len(sides.a), len(sides.b), exclude_self, dtype)
+        p, q = (None, None) if probs is None else probs
+        return GraphResult(*_cpu.cpu_relation_graph(*sides, p, q, rank, weight, delta, exclude_self, need_grad))
 
-def relation_graph(a, b, teacher_a, teacher_b, probs, percentile, delta, exclude_self, need_grad):
-    dtype = ops.compute_dtype(a, b, teacher_a, teacher_b)
-    rank, weight = _threshold_rank(a.shape[0], b.shape[0], percentile, exclude_self, dtype)
-    p, q = (None, None) if probs is None or percentile == 100 else probs
-    loss, grad_a, grad_b, kept = _cpu.cpu_relation_graph(
-        a, b, teacher_a, teacher_b, p, q, rank, weight, delta, exclude_self, need_grad
-    )
-    return loss, kept, grad_a, grad_b
+    def vrm_loss(
+        self,
+        views: Views,
+        labels: Tensor | None,
+        class_weight: Tensor | None,
+        settings: LossSettings,
+        need_grad: bool,
+    ) -> LossResult:
+        ranks, weights = threshold_ranks(views, settings)
+        relations = LossResult(
+            *_cpu.cpu_vrm_graphs(
+                *views, settings.alpha, settings.beta, ranks, weights, settings.percentile == 100, settings.delta,
+                settings.complete, need_grad,
+            )
+        )  # fmt: skip
+        return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
+    def entropy_of_logs(self, probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
+        return _cpu.cpu_joint_entropy(probs_a, log_probs_b)
 
-def vrm_graphs(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad):
-    dtype = ops.compute_dtype(s, v, t, u)
-    views = 2 if complete else 1
-    ranks, weights = zip(
-        *(_threshold_rank(views * n, views * n, percentile, complete, dtype) for n in s.shape), strict=True
-    )
-    keep_all = percentile == 100
-    return _cpu.cpu_vrm_graphs(s, v, t, u, alpha, beta, ranks, weights, keep_all, delta, complete, need_grad)
+    def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
+        return _cpu.cpu_count_digits(entropy, prefixes, shift, bits)
 
-
-def entropy_of_logs(probs_a, log_probs_b):
-    """The same bits for any block of rows: a share too large to be stored is computed again."""
-    return _cpu.cpu_joint_entropy(probs_a, log_probs_b)
-
-
-def count_digits(x, prefixes, shift, bits):
-    return _cpu.cpu_count_digits(x, prefixes, shift, bits)
-
-
-def relation_share(
-    a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
-):
-    """The contract is written out in :mod:`vrm_kernels.distributed.loss`."""
-    p, q = (None, None) if probs is None else probs
-    need_grad = bool(grads)
-    grad_a, grad_b = grads or (a.new_empty(0), a.new_empty(0))
-    threshold, kept = float(threshold), int(kept)
-    return _cpu.cpu_relation_share(
-        a, b, teacher_a, teacher_b, p, q, entropy, grad_a, grad_b, threshold, kept, edges, weight, delta, exclude_self,
-        need_grad,
-    )  # fmt: skip
+    def relation_share(
+        self,
+        sides: Sides,
+        probs: Probs | None,
+        entropy: Tensor | None,
+        settings: ShareSettings,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        threshold, kept, edges, weight, delta, _, exclude_self = settings
+        p, q = (None, None) if probs is None else probs
+        grad_a, grad_b = grads or (sides.a.new_empty(0), sides.a.new_empty(0))
+        return _cpu.cpu_relation_share(
+            *sides, p, q, entropy, grad_a, grad_b, float(threshold), int(kept), edges, weight, delta, exclude_self,
+            bool(grads),
+        )  # fmt: skip
 
 
 def quantile(x, below, weight):
@@ -64,18 +86,19 @@ def quantile(x, below, weight):
 
 @torch.library.register_fake("vrm_kernels::cpu_relation_graph")
 def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, exclude_self, need_grad):
-    return ops.relation_graph_fake(a, b, teacher_a, teacher_b, need_grad)
+    return tuple(empty_graph_result(Sides(a, b, teacher_a, teacher_b), need_grad))
 
 
 @torch.library.register_fake("vrm_kernels::cpu_vrm_graphs")
 def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad):
-    return ops.vrm_graphs_fake(s, v, t, u, need_grad)
+    result = empty_loss_result(Views(s, v, t, u), need_grad)
+    return *result[:3], result.terms[:2].clone(), result.kept
 
 
 @torch.library.register_fake("vrm_kernels::cpu_joint_entropy")
 def _(probs_a, log_probs_b):
     rows, columns = len(probs_a), len(log_probs_b)
-    dtype = ops.compute_dtype(probs_a, log_probs_b)
+    dtype = compute_dtype(probs_a, log_probs_b)
     padded = probs_a.new_empty(rows + ENTROPY_PAD, -(-columns // ENTROPY_PAD) * ENTROPY_PAD, dtype=dtype)
     return padded[:rows, :columns]
 
@@ -87,7 +110,7 @@ def _(x, prefixes, shift, bits):
 
 @torch.library.register_fake("vrm_kernels::cpu_relation_share")
 def _(a, b, teacher_a, teacher_b, probs_a, log_probs_b, entropy, grad_a, grad_b, *settings):
-    return a.new_empty((), dtype=ops.compute_dtype(a, b, teacher_a, teacher_b))
+    return a.new_empty((), dtype=compute_dtype(a, b, teacher_a, teacher_b))
 
 
 @torch.library.register_fake("vrm_kernels::cpu_quantile")

@@ -6,15 +6,13 @@ import importlib
 import torch
 
 from vrm_kernels.backends import build_record
+from vrm_kernels.backends.status import constant
 
 
+@constant
 def status() -> tuple[bool, str]:
     """``(usable, note)``: for the device that is current, or why it is missing."""
     return _load(torch.cuda.current_device() if torch.cuda.is_available() else None)
-
-
-# As the status of `cpp`: torch.compile need not trace this.
-status._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -1,11 +1,28 @@
 """The `cuda` backend: the kernels of ``csrc/cuda``, loss and both gradients queued on the current stream."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import vrm_kernels._cuda  # noqa: F401  registers the operators
-from vrm_kernels import ops
+from vrm_kernels.backends.contract import (
+    Backend,
+    GraphResult,
+    GraphSettings,
+    LossResult,
+    LossSettings,
+    Probs,
+    ShareSettings,
+    Sides,
+    Views,
+    compute_dtype,
+    empty_graph_result,
+    empty_loss_result,
+    threshold_ranks,
+    with_cross_entropies,
+)
 from vrm_kernels.graph import pruning, selection
 
 _cuda = torch.ops.vrm_kernels
@@ -23,58 +40,65 @@ class Tuning(NamedTuple):
 TUNING = Tuning()
 
 
-def _threshold_rank(rows, columns, percentile, exclude_self, dtype) -> tuple[int, float]:
-    return pruning.rank(percentile / 100, pruning.edge_count(rows, columns, exclude_self), dtype)
+class CudaBackend(Backend):
+    def relation_graph(
+        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
+    ) -> GraphResult:
+        percentile, delta, _, exclude_self = settings
+        dtype = compute_dtype(*sides)
+        rank, weight = pruning.threshold_rank(percentile, len(sides.a), len(sides.b), exclude_self, dtype)
+        p, q = (None, None) if probs is None else probs
+        return GraphResult(
+            *_cuda.cuda_relation_graph(*sides, p, q, rank, weight, delta, exclude_self, need_grad, *TUNING)
+        )
 
+    def vrm_loss(
+        self,
+        views: Views,
+        labels: Tensor | None,
+        class_weight: Tensor | None,
+        settings: LossSettings,
+        need_grad: bool,
+    ) -> LossResult:
+        ranks, weights = threshold_ranks(views, settings)
+        relations = LossResult(
+            *_cuda.cuda_vrm_graphs(
+                *views, settings.alpha, settings.beta, ranks, weights, settings.percentile == 100, settings.delta,
+                settings.complete, need_grad, *TUNING,
+            )
+        )  # fmt: skip
+        return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
-def relation_graph(a, b, teacher_a, teacher_b, probs, percentile, delta, exclude_self, need_grad):
-    dtype = ops.compute_dtype(a, b, teacher_a, teacher_b)
-    rank, weight = _threshold_rank(a.shape[0], b.shape[0], percentile, exclude_self, dtype)
-    p, q = (None, None) if probs is None or percentile == 100 else probs
-    loss, grad_a, grad_b, kept = _cuda.cuda_relation_graph(
-        a, b, teacher_a, teacher_b, p, q, rank, weight, delta, exclude_self, need_grad, *TUNING
-    )
-    return loss, kept, grad_a, grad_b
+    def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
+        if bits > MOST_BITS or len(prefixes) != 2:  # asked for on the CPU alone
+            return selection.count_digits(entropy, prefixes, shift, bits)
+        return _cuda.cuda_count_digits(entropy, prefixes, shift, bits)
 
-
-def vrm_graphs(s, v, t, u, alpha, beta, percentile, delta, complete, need_grad):
-    dtype = ops.compute_dtype(s, v, t, u)
-    views = 2 if complete else 1
-    ranks, weights = zip(
-        *(_threshold_rank(views * n, views * n, percentile, complete, dtype) for n in s.shape), strict=True
-    )
-    keep_all = percentile == 100
-    return _cuda.cuda_vrm_graphs(s, v, t, u, alpha, beta, ranks, weights, keep_all, delta, complete, need_grad, *TUNING)
-
-
-entropy_of_logs = pruning.entropy_of_logs
-
-
-def count_digits(x, prefixes, shift, bits):
-    if bits > MOST_BITS or len(prefixes) != 2:  # asked for on the CPU alone
-        return selection.count_digits(x, prefixes, shift, bits)
-    return _cuda.cuda_count_digits(x, prefixes, shift, bits)
-
-
-def relation_share(
-    a, b, teacher_a, teacher_b, probs, entropy, threshold, kept, edges, weight, delta, exclude_self, grads
-):
-    """The contract is written out in :mod:`vrm_kernels.distributed.loss`."""
-    grad_a, grad_b = grads or (a.new_empty(0), a.new_empty(0))
-    return _cuda.cuda_relation_share(
-        a, b, teacher_a, teacher_b, entropy, grad_a, grad_b, threshold, kept, weight, delta, exclude_self, bool(grads),
-        TUNING.tile_edge,
-    )  # fmt: skip
+    def relation_share(
+        self,
+        sides: Sides,
+        probs: Probs | None,
+        entropy: Tensor | None,
+        settings: ShareSettings,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        threshold, kept, _, weight, delta, _, exclude_self = settings
+        grad_a, grad_b = grads or (sides.a.new_empty(0), sides.a.new_empty(0))
+        return _cuda.cuda_relation_share(
+            *sides, entropy, grad_a, grad_b, threshold, kept, weight, delta, exclude_self, bool(grads),
+            TUNING.tile_edge,
+        )  # fmt: skip
 
 
 @torch.library.register_fake("vrm_kernels::cuda_relation_graph")
 def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, exclude_self, need_grad, *tuning):
-    return ops.relation_graph_fake(a, b, teacher_a, teacher_b, need_grad)
+    return tuple(empty_graph_result(Sides(a, b, teacher_a, teacher_b), need_grad))
 
 
 @torch.library.register_fake("vrm_kernels::cuda_vrm_graphs")
 def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad, *tuning):
-    return ops.vrm_graphs_fake(s, v, t, u, need_grad)
+    result = empty_loss_result(Views(s, v, t, u), need_grad)
+    return *result[:3], result.terms[:2].clone(), result.kept
 
 
 @torch.library.register_fake("vrm_kernels::cuda_count_digits")

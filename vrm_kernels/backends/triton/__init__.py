@@ -7,17 +7,16 @@ import os
 
 import torch
 
+from vrm_kernels.backends.status import constant
+
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
 
+@constant
 def status() -> tuple[bool, str]:
     """``(usable, note)``. Imports no Triton: that takes a second."""
     return _status()
-
-
-# As the status of `cpp`: torch.compile need not trace this.
-status._dynamo_marked_constant = True
 
 
 def interpreter_devices() -> tuple[str, ...]:

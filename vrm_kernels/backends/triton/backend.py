@@ -1,78 +1,94 @@
-"""The `triton` backend: the contract of :mod:`vrm_kernels.ops`, on NVIDIA and AMD GPUs. See docs/triton.md.
+"""The `triton` backend, on NVIDIA and AMD GPUs. See docs/triton.md.
 
 Nothing here reads the device or branches on what is on it: a call can be captured in a CUDA graph.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from vrm_kernels import ops
-from vrm_kernels.backends.triton import large, plan, small, stages
-from vrm_kernels.backends.triton.shares import count_digits, entropy_of_logs, relation_share  # noqa: F401
+from vrm_kernels.backends.contract import (
+    Backend,
+    GraphResult,
+    GraphSettings,
+    LossResult,
+    LossSettings,
+    Probs,
+    ShareSettings,
+    Sides,
+    Views,
+    compute_dtype,
+    with_cross_entropies,
+)
+from vrm_kernels.backends.triton import large, plan, shares, small, stages
 from vrm_kernels.backends.triton.stages import Graph, Problem
 from vrm_kernels.graph import pruning
 
 
-def relation_graph(
-    a: Tensor,
-    b: Tensor,
-    teacher_a: Tensor,
-    teacher_b: Tensor,
-    probs: tuple[Tensor, Tensor] | None,
-    percentile: float,
-    delta: float,
-    exclude_self: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, kept, grad_a, grad_b)``: the contract is written out in :mod:`vrm_kernels.ops`."""
-    sides = (a, b, teacher_a, teacher_b)
-    compute = ops.compute_dtype(*sides)
-    (m, dims), n = a.shape, b.shape[0]
-    fused = plan.use_fused(compute, m * n * dims)
-    precision = plan.precision({x.dtype for x in sides}, compute, (m + n) * dims // 2, fused, a.device)
-    graph = Graph(False, m, n, m, m + n, dims)
-    problem = Problem(sides, (graph,), (1.0,), percentile, delta, False, exclude_self, precision)
-    ranked = probs is not None and percentile < 100
-    with stages.on_device(a.device):
-        # Passed on without a name here, so that what is used up can be freed.
-        totals, grads = (small if fused else large).run(problem, need_grad, ranked, _with_given_probs(problem, probs))
-    if grads is None:
-        return totals.loss, totals.kept[0], totals.loss.new_empty(0), totals.loss.new_empty(0)
-    return totals.loss, totals.kept[0], *grads
+class TritonBackend(Backend):
+    def relation_graph(
+        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
+    ) -> GraphResult:
+        percentile, delta, _, exclude_self = settings
+        compute = compute_dtype(*sides)
+        (m, dims), n = sides.a.shape, sides.b.shape[0]
+        fused = plan.use_fused(compute, m * n * dims)
+        precision = plan.precision({x.dtype for x in sides}, compute, (m + n) * dims // 2, fused, sides.a.device)
+        graph = Graph(False, m, n, m, m + n, dims)
+        problem = Problem(sides, (graph,), (1.0,), percentile, delta, False, exclude_self, precision)
+        ranked = probs is not None
+        with stages.on_device(sides.a.device):
+            # Passed on without a name here, so that what is used up can be freed.
+            run = small.run if fused else large.run
+            totals, grads = run(problem, need_grad, ranked, _with_given_probs(problem, probs))
+        grad_a, grad_b = grads or (totals.loss.new_empty(0), totals.loss.new_empty(0))
+        return GraphResult(totals.loss, grad_a, grad_b, totals.kept[0])
+
+    def vrm_loss(
+        self,
+        views: Views,
+        labels: Tensor | None,
+        class_weight: Tensor | None,
+        settings: LossSettings,
+        need_grad: bool,
+    ) -> LossResult:
+        compute = compute_dtype(*views)
+        b, c = views.student_real.shape
+        device, complete, percentile = views.student_real.device, settings.complete, settings.percentile
+        sides = 2 if complete else 1
+        fused = plan.use_fused(compute, sides**2 * b * c * (b + c))
+        precision = plan.precision({x.dtype for x in views}, compute, b * c, fused, device)
+        graphs = tuple(
+            Graph(by_class, sides * vertices, sides * vertices, 0 if complete else vertices, 2 * vertices, dims)
+            for by_class, vertices, dims in ((False, b, c), (True, c, b))
+        )
+        weights = settings.alpha, settings.beta
+        problem = Problem(views, graphs, weights, percentile, settings.delta, complete, complete, precision)
+        with stages.on_device(device):
+            run = small.run if fused else large.run
+            totals, grads = run(problem, need_grad, percentile < 100, _with_softmax(problem))
+        grad_a, grad_b = grads or (totals.loss.new_empty(0), totals.loss.new_empty(0))
+        relations = LossResult(totals.loss, grad_a, grad_b, totals.terms, totals.kept)
+        return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
+
+    def entropy_of_logs(self, probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
+        return shares.entropy_of_logs(probs_a, log_probs_b)
+
+    def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
+        return shares.count_digits(entropy, prefixes, shift, bits)
+
+    def relation_share(
+        self,
+        sides: Sides,
+        probs: Probs | None,
+        entropy: Tensor | None,
+        settings: ShareSettings,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        return shares.relation_share(sides, entropy, settings, grads)
 
 
-def vrm_graphs(
-    student_real: Tensor,
-    student_virtual: Tensor,
-    teacher_real: Tensor,
-    teacher_virtual: Tensor,
-    alpha: float,
-    beta: float,
-    percentile: float,
-    delta: float,
-    complete: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``(loss, grad_real, grad_virtual, terms [2], kept [2])``: both graphs, fused."""
-    sides = (student_real, student_virtual, teacher_real, teacher_virtual)
-    compute = ops.compute_dtype(*sides)
-    b, c = student_real.shape
-    views = 2 if complete else 1
-    fused = plan.use_fused(compute, views**2 * b * c * (b + c))
-    precision = plan.precision({x.dtype for x in sides}, compute, b * c, fused, student_real.device)
-    graphs = tuple(
-        Graph(by_class, views * vertices, views * vertices, 0 if complete else vertices, 2 * vertices, dims)
-        for by_class, vertices, dims in ((False, b, c), (True, c, b))
-    )
-    problem = Problem(sides, graphs, (alpha, beta), percentile, delta, complete, complete, precision)
-    ranked = percentile < 100
-    with stages.on_device(student_real.device):
-        totals, grads = (small if fused else large).run(problem, need_grad, ranked, _with_softmax(problem))
-    if grads is None:
-        grads = [totals.loss.new_empty(0), totals.loss.new_empty(0)]
-    return totals.loss, *grads, totals.terms, totals.kept
-
-
-def _with_given_probs(problem: Problem, probs: tuple[Tensor, Tensor] | None) -> stages.Prepared:
+def _with_given_probs(problem: Problem, probs: Probs | None) -> stages.Prepared:
     prepared = stages.prepare(problem, softmax=False)
     if probs is None:
         return prepared
@@ -83,6 +99,7 @@ def _with_given_probs(problem: Problem, probs: tuple[Tensor, Tensor] | None) -> 
 
 def _with_softmax(problem: Problem) -> stages.Prepared:
     prepared = stages.prepare(problem, softmax=True)
+    assert prepared.surprisals is not None
     if problem.complete:
         return prepared
     # Vertex 0 of side b is the first of the virtual view.

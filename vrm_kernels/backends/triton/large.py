@@ -1,6 +1,6 @@
 """The large regime, host side: the vendor's products over blocks of rows, and one epilogue kernel for each block."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ def run(problem: Problem, need_grad: bool, ranked: bool, prepared: Prepared) -> 
     entropies = [Entropies(problem, prepared, g) for g in problem.graphs] if ranked else None
     if problem.precision.entropy_terms > 1:  # the operands are copies: make room
         prepared = stages.with_probs(prepared, None, None)
-    selection = select(problem, prepared, entropies) if ranked else None
+    selection = None if entropies is None else select(problem, prepared, entropies)
     return losses_and_gradients(problem, prepared, selection, entropies, need_grad)
 
 
@@ -41,6 +41,7 @@ class Entropies:
 
     def __init__(self, problem: Problem, prepared: Prepared, graph: Graph) -> None:
         self.graph, self.blocks = graph, plan.blocks(graph.m, graph.n, problem.precision)
+        assert prepared.probs is not None and prepared.surprisals is not None
         self.probs = _operand(problem, prepared.probs, graph, graph.m, 0)
         self.surprisals = _operand(problem, prepared.surprisals, graph, graph.n, 1)
         rows = graph.m if self.blocks.whole_entropy else self.blocks.edges
@@ -112,7 +113,7 @@ def losses_and_gradients(
     problem: Problem,
     prepared: Prepared,
     selection: Selection | None,
-    entropies: list[Entropies] | None,
+    entropies: Sequence[Entropies] | None,
     need_grad: bool,
 ) -> tuple[Totals, list[Tensor] | None]:
     """One graph after the other, so that only one's operands are alive."""
@@ -125,7 +126,7 @@ def losses_and_gradients(
         grads = [torch.zeros(x.shape, dtype=losses.dtype, device=x.device) for x in problem.sides[:2]]
     for k, part in enumerate(losses.split(tiles)):
         _graph(problem, prepared, k, selection, entropies[k] if entropies else None, part, grads)
-        if entropies:
+        if isinstance(entropies, list):
             entropies[k] = None  # its memory serves the next
     return stages.total(problem, prepared, losses, tiles, selection), grads
 

@@ -1,4 +1,4 @@
-"""A process's share of a graph: the contract is written out in :mod:`vrm_kernels.distributed.loss`.
+"""A process's share of a graph: the contract is that of :class:`vrm_kernels.backends.contract.Backend`.
 
 Entropies are the library's products. What counts them, and all that follows, are kernels, those of either regime: they
 take the threshold and the number of kept edges from tensors on the device.
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import triton
 from torch import Tensor
 
+from vrm_kernels.backends.contract import ShareSettings, Sides
 from vrm_kernels.backends.triton import large, plan, small, stages
 from vrm_kernels.backends.triton.select import BINS, count_kernel
 from vrm_kernels.backends.triton.stages import Graph, Problem, Selection
@@ -37,7 +38,7 @@ def count_digits(x: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
     return counts.expand(2, -1)
 
 
-class _Stored:
+class _Stored(large.Entropies):
     """Entropies that are given, in the place of :class:`large.Entropies`."""
 
     def __init__(self, values: Tensor) -> None:
@@ -47,25 +48,13 @@ class _Stored:
         return self.values[first : first + count]
 
 
-def relation_share(
-    a: Tensor,
-    b: Tensor,
-    teacher_a: Tensor,
-    teacher_b: Tensor,
-    probs: None,
-    entropy: Tensor | None,
-    threshold: Tensor,
-    kept: Tensor,
-    edges: int,
-    weight: float,
-    delta: float,
-    exclude_self: bool,
-    grads: Sequence[Tensor],
-) -> Tensor:
+def relation_share(sides: Sides, entropy: Tensor | None, settings: ShareSettings, grads: Sequence[Tensor]) -> Tensor:
     """The share's part of the loss; ``entropy`` is what :func:`entropy_of_logs` gave, or rows of it."""
+    threshold, kept, edges, weight, delta, _, exclude_self = settings
+    a = sides.a
     # Columns of logits are copied by torch, in tiles; the kernels would read them a row at a time.
-    sides = tuple(x.contiguous() for x in (a, b, teacher_a, teacher_b))
-    (m, dims), n = a.shape, len(b)
+    sides = Sides(*(x.contiguous() for x in sides))
+    (m, dims), n = a.shape, len(sides.b)
     fused = plan.use_fused(a.dtype, m * n * dims)
     precision = plan.precision({a.dtype}, a.dtype, (m + n) * dims // 2, fused, a.device)
     graph = Graph(False, m, n, m, m + n, dims, edges)

@@ -22,6 +22,7 @@ def select(problem: Problem, prepared: Prepared) -> Selection:
     entropies = problem.new(sum(sizes))
     selector = Selector(problem, prepared, [problem.edge_count(g) for g in problem.graphs], prepared.histograms)
     tiles = [_tiles(g, plan.ENTROPY["BLOCK"]) for g in problem.graphs]
+    assert prepared.probs is not None
     depth = prepared.probs.shape[1]
     entropy_kernel[(sum(tiles),)](
         prepared.probs, prepared.surprisals, entropies,
