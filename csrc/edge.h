@@ -98,7 +98,8 @@ VRM_HOST_DEVICE auto quadratic_edge(const EdgeInput<V>& x, const EdgeRule<T>& ru
 
 // An edge literally, component by component: huber(x) = h (x - h / 2) of x = e_S - e_T, with h = huber'(x) = x clamped to
 // [-delta, delta].
-template <class V> VRM_HOST_DEVICE V huber_slope(V x, V delta) { return x > delta ? delta : x < -delta ? -delta : x; }
+template <class V> VRM_HOST_DEVICE V huber_slope(V x, V delta) { return x > delta ? delta : x < -delta ? -delta
+                                                                                                       : x; }
 template <class V, class T = V> VRM_HOST_DEVICE V huber(V x, V h) { return h * (x - h * static_cast<T>(0.5)); }
 
 // d loss/dd_S = h / (n + eps) - radial d_S, because de/dd = I / (n + eps) - d d^T / (n (n + eps)^2), and I / eps at d = 0,

@@ -95,13 +95,14 @@ class _BuildExtensions:
     """The command build_ext: the failure of one extension costs neither the other nor the package."""
 
     def run(self):
+        temporary = Path(self.build_temp).resolve()
         in_place, extensions = self.inplace, dict(zip(MODULES, self.extensions, strict=True))
         folder = Path(ROOT if in_place else self.build_lib, "vrm_kernels")
         record, built = {}, []
         for backend, name in MODULES.items():
             self._remove_stale(name, folder)
             try:
-                reason = ""
+                reason, self.build_temp = "", str(temporary / backend)
                 self._build(backend, extensions[backend], in_place)
                 built.append(extensions[backend])
             except CannotBuild as why:
@@ -123,7 +124,8 @@ class _BuildExtensions:
     def _build(self, backend: str, extension: Extension, in_place: bool) -> None:
         find = _cpp_extension if backend == "cpp" else cuda_build.extension
         vars(extension).update(vars(find(extension.name, ABI3)))
-        generated = Path(self.build_temp).resolve() / backend
+        extension.sources.append("csrc/module.cpp")
+        generated = Path(self.build_temp)
         generated.mkdir(parents=True, exist_ok=True)
         header = f'#define VRM_SOURCES "{build_record.fingerprint(ROOT / "csrc", backend)}"\n'
         path = generated / "build_info.h"
@@ -134,6 +136,8 @@ class _BuildExtensions:
         extension.define_macros += [
             ("TORCH_TARGET_VERSION", OLDEST_TORCH),
             ("VRM_BUILT_BESIDE", _torch_version().replace("+", "_")),
+            ("VRM_MODULE", extension.name.rpartition(".")[2]),
+            ("VRM_BACKEND", build_record.FOLDERS[backend]),
         ]
         self.compiler, self.inplace, self.extensions = None, in_place, [extension]
         with _output() as lines:

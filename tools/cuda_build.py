@@ -41,7 +41,7 @@ def extension(name: str, abi3: bool):
     if toolkit and int(toolkit[1]) != int(torch.version.cuda.split(".")[0]):
         found = f"the toolkit in {cpp_extension.CUDA_HOME} is CUDA {toolkit[1]}.{toolkit[2]}"
         raise CannotBuild(f"{found} and torch is built for CUDA {torch.version.cuda}; set CUDA_HOME to such a toolkit")
-    sources = [str(path.relative_to(ROOT)) for path in sorted((*FOLDER.glob("*.cpp"), *FOLDER.glob("*.cu")))]
+    sources = [str(path.relative_to(ROOT)) for path in sorted((*FOLDER.rglob("*.cpp"), *FOLDER.rglob("*.cu")))]
     flags = {**FLAGS, "nvcc": FLAGS["nvcc"] + target_flags(nvcc)}
     macros = [("USE_CUDA", None)]  # opens the part of the stable ABI that is CUDA's
     return cpp_extension.CUDAExtension(

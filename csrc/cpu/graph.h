@@ -125,7 +125,8 @@ bool select_isa(const char* isa);  // false, and nothing changed, if this proces
 
 template <class T> int64_t tile_columns(const Chunks& chunks) {
   const int64_t fit = kTileBytes / (3 * chunks.width * static_cast<int64_t>(sizeof(T)));
-  return fit < 8 ? 8 : fit > kMaxTileColumns ? kMaxTileColumns : fit;
+  return fit < 8 ? 8 : fit > kMaxTileColumns ? kMaxTileColumns
+                                             : fit;
 }
 
 // Of an edge: three dot products, twice two coefficients, four indices, three registers of partial sums.

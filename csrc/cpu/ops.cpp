@@ -187,7 +187,8 @@ Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const
     // One side's matrix: the first view's or the second's, or both views' vertices in one set.
     const auto side = [&](const Tensor& real, const Tensor& virtual_view, bool second) {
       if (complete) alive.push_back(aten("aten::cat", "", std::vector{real, virtual_view}, int64_t{by_class}));
-      const Tensor& x = complete ? alive.back() : second ? virtual_view : real;
+      const Tensor& x = complete ? alive.back() : second ? virtual_view
+                                                         : real;
       return by_class ? columns_of<T>(x) : rows_of<T>(x);
     };
     GraphInput<T> input{};

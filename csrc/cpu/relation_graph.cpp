@@ -147,7 +147,8 @@ template <class T> class GraphRun {
               entropy_->compute(r0 + k * row_unit_, c0 / width, (c1 + width - 1) / width, room + k * row_unit_ * ld, ld);
             });
           team.for_each(r1 - r0, [&](int64_t r) {
-            const T* h = recomputed() ? room + r * ld : stored_ ? stored_ + (r0 + r) * stored_ld_ + c0 : nullptr;
+            const T* h = recomputed() ? room + r * ld : stored_ ? stored_ + (r0 + r) * stored_ld_ + c0
+                                                                : nullptr;
             literals[r] = 0;
             losses[r] = kernels_.weigh_row(g_, r0 + r, c0, c1, h, dots[0] + r * ld, dots[1] + r * ld, dots[2] + r * ld,
                                            &literals[r]);

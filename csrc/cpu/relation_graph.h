@@ -14,7 +14,9 @@ template <class T> struct GradTarget {
 };
 
 // How the edges are visited: as measured to be faster, or, for tests and measurements, one way always.
-enum class EdgesForm { measured, kept_only, dense };
+enum class EdgesForm { measured,
+                       kept_only,
+                       dense };
 EdgesForm edges_form();
 void set_edges_form(EdgesForm form);
 

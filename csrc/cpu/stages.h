@@ -7,7 +7,13 @@
 
 namespace vrm {
 
-enum class Stage { center, pack, entropy, threshold, edges, gradient, count };
+enum class Stage { center,
+                   pack,
+                   entropy,
+                   threshold,
+                   edges,
+                   gradient,
+                   count };
 inline std::atomic<int64_t> stage_nanoseconds[static_cast<int>(Stage::count)];
 
 class StageTimer {

@@ -1,7 +1,5 @@
 // The operators of the `cuda` backend: tensors to the kernels' plain structures, on the current device and stream.
 
-#include <Python.h>  // first, as it asks
-
 #include "relation_graphs.h"
 
 #include <ATen/ATen.h>
@@ -355,11 +353,4 @@ TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
   m.impl("cuda_vrm_graphs", vrm::cuda::cuda_vrm_graphs);
   m.impl("cuda_count_digits", vrm::cuda::cuda_count_digits);
   m.impl("cuda_relation_share", vrm::cuda::cuda_relation_share);
-}
-
-// `import vrm_kernels._cuda` registers the operators; the module itself is empty.
-PyMODINIT_FUNC PyInit__cuda() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

@@ -18,9 +18,14 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from vrm_kernels.backends import build_record
 from vrm_kernels.backends.registry import Entry
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from build_extensions import OLDEST_TORCH  # noqa: E402
+
 SHIM = ROOT / "tests" / "backends" / "cuda" / "shim"
 CUDA = ROOT / "csrc" / "cuda"
 NAME = "cuda_host"
@@ -30,10 +35,12 @@ FLAGS = ["-fPIC", "-O2", "-g0", "-Wall", "-Werror", "-Wno-unknown-pragmas", f"-I
 KERNEL = ["-std=c++17", "-fsanitize=thread", "-x", "c++"]  # for the calls before every access; see shim.cpp
 
 
-def _units() -> list[tuple[Path, list[str]]]:
+def _units(folder: Path) -> list[tuple[Path, list[str]]]:
     includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
+    module = ["-DVRM_MODULE=_cuda", "-DVRM_BACKEND=cuda", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{folder}"]
     return [
+        (ROOT / "csrc" / "module.cpp", ["-std=c++20", *module, *includes]),
         (CUDA / "binding.cpp", ["-std=c++20", abi, *includes]),
         (CUDA / "relation_graphs.cu", KERNEL),
         (SHIM / "planted.cu", KERNEL),
@@ -46,7 +53,7 @@ def _fingerprint() -> str:
     state.update(subprocess.run([COMPILER, "--version"], capture_output=True, check=True).stdout)
     folders = (CUDA, SHIM, SHIM / "include")
     sources = [p for folder in folders for p in folder.rglob("*") if p.is_file()]
-    for path in sorted({*sources, ROOT / "csrc" / "edge.h", Path(__file__)}):
+    for path in sorted({*sources, *(ROOT / "csrc").glob("*.*"), Path(__file__)}):
         state.update(path.read_bytes())
     return state.hexdigest()[:16]
 
@@ -63,6 +70,8 @@ def build() -> Path:
     if library.exists():
         return library
     folder.mkdir(parents=True, exist_ok=True)
+    sources = build_record.fingerprint(ROOT / "csrc", "cuda")
+    (folder / "build_info.h").write_text(f'#define VRM_SOURCES "{sources}"\n')
 
     def compile_unit(unit):
         source, flags = unit
@@ -71,7 +80,7 @@ def build() -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_unit, _units()))
+        objects = list(pool.map(compile_unit, _units(folder)))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     unfinished = folder / "unfinished.so"
     _run([COMPILER, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", unfinished])

@@ -15,7 +15,7 @@ FOLDERS = {"cpp": "cpu", "cuda": "cuda"}  # of csrc, by backend
 def fingerprint(csrc: Path, backend: str) -> str:
     """Of the sources of a backend's extension."""
     state = hashlib.sha256()
-    for path in sorted((*csrc.glob("*.h"), *(csrc / FOLDERS[backend]).rglob("*"))):
+    for path in sorted((*csrc.glob("*"), *(csrc / FOLDERS[backend]).rglob("*"))):
         if path.is_file():
             state.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return state.hexdigest()[:16]

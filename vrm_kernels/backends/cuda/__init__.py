@@ -25,6 +25,8 @@ def _load(device: int | None) -> tuple[bool, str]:
         importlib.import_module("vrm_kernels._cuda")
     except ImportError as error:
         return False, build_record.why_it_does_not_load("cuda", torch.__version__, error)
+    if refusal := build_record.why_outdated("cuda", torch.ops.vrm_kernels.cuda_built_from()[0]):
+        return False, refusal
     if refusal := torch.ops.vrm_kernels.cuda_refusal():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
         return False, (
