@@ -1,5 +1,6 @@
 """Importing the package: torch and the standard library, nothing else, and nothing compiled."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -72,3 +73,35 @@ def test_the_kernels_do_not_import_the_recipe():
         if re.search(r"^\s*(from|import) vrm_distill", path.read_text(), re.MULTILINE)
     ]
     assert importing == []
+
+
+# Each file imports what comes after its own part, never what comes before; CONTRIBUTING.md draws the same map.
+PARTS = (
+    "adapters", "__init__", "loss", "functional", "distributed", "ops", "checks", "backends", "graph", "data",
+)  # fmt: skip
+
+
+def _imports(path: Path) -> set[str]:
+    """The parts of vrm_kernels that a file of it imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = [name.split(".")[1] for name in names if name.startswith("vrm_kernels.")]
+    return {name for name in ours if name in PARTS}
+
+
+def test_nothing_imports_upward():
+    package = ROOT / "vrm_kernels"
+    parts = {path: path.relative_to(package).parts[0].removesuffix(".py") for path in package.rglob("*.py")}
+    assert set(PARTS) <= set(parts.values())
+    upward = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path, part in parts.items()
+        if part in PARTS
+        for name in _imports(path)
+        if PARTS.index(name) < PARTS.index(part)
+    ]
+    assert upward == []
