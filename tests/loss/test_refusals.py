@@ -1,4 +1,4 @@
-"""Every row of the refusal table: a clear error, before any work, nothing changed."""
+"""Every row of the table of refusals in docs/api.md: a clear error, before any work, nothing changed."""
 
 import pytest
 import torch
