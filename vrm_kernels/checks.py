@@ -1,38 +1,45 @@
 """What the public functions refuse, before any work: every check of an argument stands here."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
 from vrm_kernels import backends
-from vrm_kernels.backends.contract import DTYPES
+from vrm_kernels.backends.contract import DTYPES, LossSettings
 
 RELATIONS = ("inter_view", "complete")
 NORMALIZATIONS = (None, "zscore")
 
 
-def check_settings(
-    alpha: float,
-    beta: float,
-    percentile: float,
-    delta: float,
-    relations: str,
-    normalize: str | None,
-    label_smoothing: float,
-    backend: str,
-) -> None:
-    """Refuse a setting of :func:`vrm_loss` that is out of its range, before any work."""
-    check_range("alpha", alpha, 0.0, math.inf)
-    check_range("beta", beta, 0.0, math.inf)
-    check_range("unreliable_pruning_percentile", percentile, 0.0, 100.0)
-    check_delta(delta)
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+def check_settings(settings: LossSettings, relations: str, normalize: str | None, backend: str) -> LossSettings:
+    """Refuse a setting of :func:`vrm_loss` that is out of its range, before any work; else give plain numbers."""
+    check_range("alpha", settings.alpha, 0.0, math.inf)
+    check_range("beta", settings.beta, 0.0, math.inf)
+    check_range("unreliable_pruning_percentile", settings.percentile, 0.0, 100.0)
+    check_positive("delta", settings.delta)
+    check_positive("eps", settings.eps)
+    check_range("label_smoothing", settings.label_smoothing, 0.0, 1.0)
+    if isinstance(settings.ignore_index, bool) or not isinstance(settings.ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {settings.ignore_index!r}")
     if relations not in RELATIONS:
         raise ValueError(f"relations must be one of {', '.join(map(repr, RELATIONS))}, got {relations!r}")
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZATIONS))}, got {normalize!r}")
     backends.check_name(backend)
+    return LossSettings(
+        float(settings.alpha),
+        float(settings.beta),
+        bool(settings.ce_real),
+        bool(settings.ce_virtual),
+        float(settings.percentile),
+        float(settings.delta),
+        float(settings.eps),
+        settings.complete,
+        float(settings.label_smoothing),
+        settings.ignore_index,
+    )
 
 
 def check_number(name: str, value: float) -> None:
@@ -48,10 +55,10 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must be {bounds}, got {value}")
 
 
-def check_delta(delta: float) -> None:
-    check_number("delta", delta)
-    if not 0 < delta < math.inf:
-        raise ValueError(f"delta must be > 0 and finite, got {delta}")
+def check_positive(name: str, value: float) -> None:
+    check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {value}")
 
 
 def check_floating(named: dict[str, Tensor]) -> torch.dtype:
@@ -83,18 +90,30 @@ def shapes(named: dict[str, Tensor]) -> str:
     return ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
 
 
+# What to write for logits of other dimensions.
+_INSTEAD = {
+    1: ": a batch of one sample is logits[None]",
+    3: ": a graph's samples are its rows. Give the tokens of a sequence [B, T, C] as logits.flatten(0, 1), those that "
+    "count as logits[mask], with their labels likewise",
+    4: ": a graph's samples are its rows. Of dense logits [B, C, H, W] pick locations with "
+    "vrm_kernels.dense.sample_locations",
+}
+
+
 def check_logits(named: dict[str, Tensor], may_be_empty: bool) -> torch.dtype:
     dtype = check_floating(named)
     check_one_device(named)
     shape = next(iter(named.values())).shape
-    if len(shape) != 2 or any(x.shape != shape for x in named.values()):
+    if any(x.shape != shape for x in named.values()):
         raise ValueError(f"the four logits must be 2-D [B, C] and of one shape, got {shapes(named)}")
+    if len(shape) != 2:
+        raise ValueError(f"the four logits must be 2-D [B, C], got {shapes(named)}{_INSTEAD.get(len(shape), '')}")
     if shape[1] == 0 or (shape[0] == 0 and not may_be_empty):
         raise ValueError(f"logits [B, C] need at least one sample and one class, got {tuple(shape)}")
     return dtype
 
 
-def check_labels(labels: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor:
+def check_labels(labels: Tensor | None, logits: Tensor, dtype: torch.dtype, ignore_index: int) -> Tensor:
     b, c = logits.shape
 
     def wanted():  # as shapes
@@ -107,12 +126,46 @@ def check_labels(labels: Tensor | None, logits: Tensor, dtype: torch.dtype) -> T
     if labels.dtype.is_floating_point:
         if labels.shape != logits.shape:
             raise ValueError(f"floating labels are class probabilities: expected {wanted()}, got {tuple(labels.shape)}")
-        return labels.to(dtype)
+        if ignore_index >= 0:
+            raise ValueError(
+                f"ignore_index={ignore_index} has no meaning for class probabilities: leave the rows out that should "
+                "not count"
+            )
+        return labels.detach().to(dtype)
     if labels.dtype == torch.bool or labels.dtype.is_complex:
         raise TypeError(f"labels must be {wanted()}, got dtype {labels.dtype}")
     if labels.shape != (b,):
         raise ValueError(f"labels must be {wanted()}, got {tuple(labels.shape)}")
     return labels.long()
+
+
+def check_class_weight(weight: Tensor | None, logits: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if weight is None:
+        return None
+    c = logits.shape[1]
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"class_weight must be a floating tensor [{c}], got {got}")
+    if weight.shape != (c,):
+        raise ValueError(f"class_weight must be [{c}], one weight a class, got {tuple(weight.shape)}")
+    if weight.device != logits.device:
+        raise ValueError(
+            f"class_weight is on {weight.device}, the logits are on {logits.device}: put them on one device"
+        )
+    return weight.detach().to(dtype)
+
+
+def warn_of_lost_gradients(**named: Tensor | None) -> None:
+    """Of tensors that require a gradient, and get none."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for name, x in named.items():
+        if isinstance(x, Tensor) and x.requires_grad:
+            warnings.warn(
+                f"{name} requires a gradient and gets none: the loss takes it for a constant. Compute it under "
+                f"torch.no_grad(), or give {name}.detach()",
+                stacklevel=3,
+            )
 
 
 def check_finite(named: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The loss as functions. The defaults stand here; the refusals in :mod:`vrm_kernels.checks`."""
+"""The loss as functions; what they refuse stands in :mod:`vrm_kernels.checks`."""
 
 from typing import Any
 
@@ -13,7 +13,8 @@ from vrm_kernels.graph.constants import RELATION_EPS
 DEFAULT_PERCENTILE = 30.0
 DEFAULT_DELTA = 1.0
 DEFAULT_RELATIONS = "inter_view"
-IGNORED_LABEL = -100  # torch's default: such a sample has no cross-entropy
+DEFAULT_EPS = RELATION_EPS
+DEFAULT_IGNORE_INDEX = -100  # torch's
 TERM_NAMES = ("ce_real", "ce_virtual", "inter_sample", "inter_class", "kept_inter_sample", "kept_inter_class")
 
 
@@ -32,7 +33,10 @@ def vrm_loss(
     delta: float = DEFAULT_DELTA,
     relations: str = DEFAULT_RELATIONS,
     normalize: str | None = None,
+    eps: float = DEFAULT_EPS,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    ignore_index: int = DEFAULT_IGNORE_INDEX,
     backend: str = "auto",
     gather_distributed: bool = False,
     process_group: Any = None,
@@ -48,6 +52,7 @@ def vrm_loss(
         logits_student_real, logits_student_virtual: ``[B, C]``, floating, any strides; receive gradients.
         logits_teacher_real, logits_teacher_virtual: ``[B, C]``, floating; receive none.
         labels: ``[B]`` class indices or ``[B, C]`` class probabilities; ``None`` if neither cross-entropy is on.
+        class_weight: ``[C]``, floating.
         return_terms: also return the terms, detached.
 
     Returns:
@@ -61,9 +66,19 @@ def vrm_loss(
         RuntimeError: a backend, asked for by name, that cannot run here; a second derivative through a backend other
             than ``reference``.
     """
-    checks.check_settings(
-        alpha, beta, unreliable_pruning_percentile, delta, relations, normalize, label_smoothing, backend
+    settings = LossSettings(
+        alpha,
+        beta,
+        ce_loss_on_real,
+        ce_loss_on_virtual,
+        unreliable_pruning_percentile,
+        delta,
+        eps,
+        relations == "complete",
+        label_smoothing,
+        ignore_index,
     )
+    settings = checks.check_settings(settings, relations, normalize, backend)
     named = {
         "logits_student_real": logits_student_real,
         "logits_student_virtual": logits_student_virtual,
@@ -72,32 +87,24 @@ def vrm_loss(
     }
     group = _global_group(process_group) if gather_distributed else None
     dtype = checks.check_logits(named, may_be_empty=group is not None)
+    checks.warn_of_lost_gradients(
+        logits_teacher_real=logits_teacher_real, logits_teacher_virtual=logits_teacher_virtual, labels=labels
+    )
     if labels is not None or ce_loss_on_real or ce_loss_on_virtual:
-        labels = checks.check_labels(labels, logits_student_real, dtype)
+        labels = checks.check_labels(labels, logits_student_real, dtype, ignore_index)
+    class_weight = checks.check_class_weight(class_weight, logits_student_real, dtype)
     chosen = backends.resolve(backend, logits_student_real.device)
     if check_finite:
         checks.check_finite(named)
 
-    settings = LossSettings(
-        float(alpha),
-        float(beta),
-        ce_loss_on_real,
-        ce_loss_on_virtual,
-        float(unreliable_pruning_percentile),
-        float(delta),
-        RELATION_EPS,
-        relations == "complete",
-        float(label_smoothing),
-        IGNORED_LABEL,
-    )
     views = Views(*named.values())
     zscore = normalize == "zscore"
     if group is None:
-        result = ops.vrm_loss(views, labels, None, settings, zscore, chosen)
+        result = ops.vrm_loss(views, labels, class_weight, settings, zscore, chosen)
     else:
         from vrm_kernels.distributed import loss as distributed  # needs a torch that was built with torch.distributed
 
-        result = distributed.vrm_loss(views, labels, None, settings, zscore, chosen, group.group_name)
+        result = distributed.vrm_loss(views, labels, class_weight, settings, zscore, chosen, group.group_name)
     if not return_terms:
         return result.loss
     terms = *result.terms.detach().unbind(), *result.kept.unbind()
@@ -113,12 +120,13 @@ def relation_loss(
     probs: tuple[Tensor, Tensor] | None = None,
     percentile: float = 100.0,
     delta: float = DEFAULT_DELTA,
+    eps: float = DEFAULT_EPS,
     backend: str = "auto",
 ) -> Tensor:
     """One relation graph over any vectors: features as well as logits.
 
     ``sum over kept edges (i, j) of sum_c huber_delta(eS_ijc - eT_ijc) / (#kept + 1e-7)``, where
-    ``e_ij = d_ij / (||d_ij|| + 1e-7)`` and ``d_ij = a_i - b_j`` (arXiv 2502.20760, the normalised difference graph).
+    ``e_ij = d_ij / (||d_ij|| + eps)`` and ``d_ij = a_i - b_j`` (arXiv 2502.20760, the normalised difference graph).
 
     Args:
         a, b: the student's vertices, ``[M, D]`` and ``[N, D]``, floating, any strides; receive gradients.
@@ -135,9 +143,11 @@ def relation_loss(
         RuntimeError: as :func:`vrm_loss`.
     """
     checks.check_range("percentile", percentile, 0.0, 100.0)
-    checks.check_delta(delta)
+    checks.check_positive("delta", delta)
+    checks.check_positive("eps", eps)
     backends.check_name(backend)
     named = {"a": a, "b": b, "teacher_a": teacher_a, "teacher_b": teacher_b}
+    checks.warn_of_lost_gradients(teacher_a=teacher_a, teacher_b=teacher_b)
     if probs is not None:
         if not (isinstance(probs, tuple | list) and len(probs) == 2):
             raise ValueError("probs must be a pair (P [M, K], P' [N, K]) or None")
@@ -156,7 +166,7 @@ def relation_loss(
             raise ValueError(f"probs must be ([M, K], [N, K]) for a [M, D] and b [N, D], got {checks.shapes(named)}")
         probs = (p.detach().to(dtype), q.detach().to(dtype))
     chosen = backends.resolve(backend, a.device)
-    settings = GraphSettings(float(percentile), float(delta), RELATION_EPS, False)
+    settings = GraphSettings(float(percentile), float(delta), float(eps), False)
     return ops.relation_graph(Sides(a, b, teacher_a, teacher_b), probs, settings, chosen)
 
 
@@ -225,6 +235,18 @@ def _global_group(process_group: Any) -> Any:
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = dist.group.WORLD if process_group is None else process_group
+    if isinstance(group, str):
+        group = _group_of_name(group)
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this process is not a member of process_group: only its members can compute its loss")
     return group if dist.get_world_size(group) > 1 else None
+
+
+def _group_of_name(name: str) -> Any:
+    try:
+        return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"process_group={name!r} names no process group of this process: make it with torch.distributed.new_group "
+            f"in the same order as where this loss comes from, or give the group itself ({error})"
+        ) from error

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from vrm_kernels import checks
 from vrm_kernels import functional as VF
+from vrm_kernels.backends.contract import LossSettings
 
 
 class VRMLoss(nn.Module):
@@ -24,13 +25,22 @@ class VRMLoss(nn.Module):
             vertex set, so that real-real and virtual-virtual edges count too).
         normalize: ``"zscore"`` gives both graphs, pruning included, each sample's logits with mean 0 and standard
             deviation 1 (as arXiv 2403.01803 does for KD); the cross-entropies see the logits. ``None``: the logits.
-        label_smoothing: passed to the cross-entropies, in [0, 1].
+        eps: added to the length that a relation is divided by, > 0. A student whose logits are all equal, as those of a
+            zero-initialised head are, gets a gradient of the size 1 / eps, from which training does not recover: give
+            such a head a small random start, or a larger eps, say 1e-2.
+        label_smoothing: of the cross-entropies, in [0, 1].
+        class_weight: ``[C]``, of the cross-entropies, as ``torch.nn.CrossEntropyLoss``'s ``weight``; moves with the
+            module, and is no part of its ``state_dict``.
+        ignore_index: the label of samples that have no cross-entropy; where all have it, the cross-entropies are 0.
+            Their relations count. Samples that should count nowhere are left out before the call:
+            ``loss_fn(*(x[keep] for x in logits), labels[keep])``.
         backend: ``"auto"`` or a name that :func:`vrm_kernels.backends.describe` lists.
         gather_distributed: compute the loss of the global batch over ``process_group``, the same on every process. Its
             gradient is multiplied by the number of processes, because DistributedDataParallel and FSDP average
             gradients: nothing is to be rescaled, and a step is that of one process on the concatenated batch. Local
             batches may differ in size, or be empty. Where no group is initialised, the batch is this process's own.
-        process_group: the group to gather over; ``None`` is the default group.
+        process_group: the group to gather over, or its name; ``None`` is the default group. A copied or pickled loss
+            has its name.
         check_finite: refuse non-finite logits with a ``ValueError`` that names the tensor. Reads the device.
 
     Raises:
@@ -39,6 +49,8 @@ class VRMLoss(nn.Module):
     :meth:`forward` takes logits ``[B, C]`` (student real, student virtual, teacher real, teacher virtual) and labels,
     ``[B]`` class indices or ``[B, C]`` class probabilities; see :func:`vrm_kernels.functional.vrm_loss`.
     """
+
+    class_weight: Tensor | None
 
     def __init__(
         self,
@@ -51,10 +63,13 @@ class VRMLoss(nn.Module):
         delta: float = VF.DEFAULT_DELTA,
         relations: str = VF.DEFAULT_RELATIONS,
         normalize: str | None = None,
+        eps: float = VF.DEFAULT_EPS,
         label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        ignore_index: int = VF.DEFAULT_IGNORE_INDEX,
         backend: str = "auto",
         gather_distributed: bool = False,
-        process_group: "torch.distributed.ProcessGroup | None" = None,
+        process_group: "torch.distributed.ProcessGroup | str | None" = None,
         check_finite: bool = False,
     ) -> None:
         super().__init__()
@@ -66,14 +81,33 @@ class VRMLoss(nn.Module):
         self.delta = delta
         self.relations = relations
         self.normalize = normalize
+        self.eps = eps
         self.label_smoothing = label_smoothing
+        self.register_buffer("class_weight", class_weight, persistent=False)
+        self.ignore_index = ignore_index
         self.backend = backend
         self.gather_distributed = gather_distributed
         self.process_group = process_group
         self.check_finite = check_finite
-        checks.check_settings(
-            alpha, beta, unreliable_pruning_percentile, delta, relations, normalize, label_smoothing, backend
+        settings = LossSettings(
+            alpha,
+            beta,
+            ce_loss_on_real,
+            ce_loss_on_virtual,
+            unreliable_pruning_percentile,
+            delta,
+            eps,
+            relations == "complete",
+            label_smoothing,
+            ignore_index,
         )
+        checks.check_settings(settings, relations, normalize, backend)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        if state["process_group"] is not None and not isinstance(state["process_group"], str):
+            state["process_group"] = state["process_group"].group_name
+        return state
 
     def forward(
         self,
@@ -99,7 +133,10 @@ class VRMLoss(nn.Module):
             delta=self.delta,
             relations=self.relations,
             normalize=self.normalize,
+            eps=self.eps,
             label_smoothing=self.label_smoothing,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
             backend=self.backend,
             gather_distributed=self.gather_distributed,
             process_group=self.process_group,
@@ -114,6 +151,9 @@ class VRMLoss(nn.Module):
             f"unreliable_pruning_percentile={self.unreliable_pruning_percentile}, delta={self.delta}, "
             f"relations={self.relations!r}, label_smoothing={self.label_smoothing}, backend={self.backend!r}"
             + (f", normalize={self.normalize!r}" if self.normalize else "")
+            + (f", eps={self.eps}" if self.eps != VF.DEFAULT_EPS else "")
+            + (f", class_weight=[{len(self.class_weight)}]" if self.class_weight is not None else "")
+            + (f", ignore_index={self.ignore_index}" if self.ignore_index != VF.DEFAULT_IGNORE_INDEX else "")
             + (", gather_distributed=True" if self.gather_distributed else "")
             + (", check_finite=True" if self.check_finite else "")
         )

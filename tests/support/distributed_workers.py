@@ -81,7 +81,7 @@ def parity(rank: int, world: int, cases) -> list[dict]:
             for name, value in patches.items():
                 stack.enter_context(mock.patch.object(share_module, name, value))
             labels = make_labels(*case.shape)
-            labels[0] = VF.IGNORED_LABEL
+            labels[0] = VF.DEFAULT_IGNORE_INDEX
             results.append(
                 both(
                     rank,
