@@ -1,6 +1,6 @@
 # make distill   train a teacher and distil students on real images, from nothing
 # make compare   cross-entropy, KD, DKD, DIST, RKD and relation matching on the same terms (a quarter of an hour; goes on where it was)
-# make test      the whole test suite, from nothing
+# make test      the whole test suite, from nothing; make test-install builds and installs the package as its users do
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
 # make gpu-check FOLDER=results   on a machine with a GPU and PYTHON's own torch and Triton: test and measure, 10 minutes
 # make build     compile the extension again after a change under csrc/
@@ -15,8 +15,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(shell find csrc -type f) setup.py $(wildcard tools/*.py)
+# Empty, or why the extensions have to be built again although no file is newer.
+STALE := $(shell [ ! -e $(VENV)/.ready ] || $(BIN)/python tools/up_to_date.py 2>&1)
 
-.PHONY: distill compare test bench bench-quick bench-pytest gpu-check build lint types docs docs-serve clean
+.PHONY: FORCE distill compare test test-install test-other-torch bench bench-quick bench-pytest gpu-check build lint types docs docs-serve clean
 
 distill: $(READY)
 	$(BIN)/vrm-distill $(ARGS)
@@ -26,6 +28,17 @@ compare: $(READY)
 
 test: $(VENV)/.adapters $(VENV)/triton-3.6
 	$(BIN)/python -m pytest $(ARGS)
+
+# Builds and installs the package as its users do: from the source distribution, as a wheel, without a compiler.
+test-install: $(READY)
+	$(BIN)/python -m pytest -m install tests/install $(ARGS)
+
+# The library that was built beside this torch, beside another: gigabytes, and its tests of parity.
+OTHER_TORCH ?= torch==2.14.1 torchvision==0.29.1
+test-other-torch: $(READY)
+	$(PYTHON) -m venv build/other-torch
+	build/other-torch/bin/python -m pip install --quiet $(OTHER_TORCH) "numpy>=2,<2.4" "pytest>=8" "hypothesis>=6.100"
+	build/other-torch/bin/python -m pytest tests/parity tests/backends/cpp -k cpp $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.cpu.run $(ARGS)
@@ -45,16 +58,26 @@ gpu-check:
 
 build: $(READY)
 
+# An empty TORCH stands for the one that PYTHON has, wherever it has it: a virtual environment's as well.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(if $(TORCH),,--system-site-packages) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(TORCH),)
+	$(PYTHON) -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
+	    > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
+endif
+
+# Newer than all that was made for another TORCH.
+$(VENV)/.torch: $(VENV)/bin/python FORCE
+	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
 # The extensions need torch's headers: with the torch that is here the build need not be isolated.
-$(VENV)/.tools: $(VENV)/bin/python pyproject.toml
+$(VENV)/.tools: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH) "setuptools>=77" ninja
 	touch $@
 
-$(READY): $(VENV)/.tools $(SOURCES)
+$(READY): $(VENV)/.tools $(SOURCES) $(if $(STALE),FORCE)
+	@$(if $(STALE),echo "The extensions are built again: $(STALE)")
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,bench]"
 	@$(BIN)/python -c "import vrm_kernels; print(vrm_kernels.backends.describe())"
 	touch $@
@@ -62,9 +85,9 @@ $(READY): $(VENV)/.tools $(SOURCES)
 # What the adapters adapt to. torch is named so that none of these libraries replaces it; where they cannot be had, their
 # tests say so and are skipped.
 $(VENV)/.adapters: $(READY)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,adapters]" \
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,adapters]" timm torchdistill \
 	    "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')" \
-	    || echo "The libraries of the extra 'adapters' could not be installed: their tests will be skipped."
+	    || echo "The libraries that the adapters are for could not be installed: their tests will be skipped."
 	touch $@
 
 # The oldest Triton that is supported, beside the newest: for tests/backends/triton/test_compiled.py alone.

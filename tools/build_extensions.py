@@ -82,13 +82,13 @@ def settings() -> dict:
 
 
 class _Wheel(bdist_wheel):
-    """A wheel without an extension is for every platform."""
+    """A wheel without an extension is for every platform, but where the platform is the reason."""
 
     def get_tag(self):
-        built = any(Path(self.bdist_dir, "vrm_kernels").glob("_*.so")) or any(
-            Path(self.bdist_dir, "vrm_kernels").glob("_*.pyd")
-        )
-        return super().get_tag() if built else ("py3", "none", "any")
+        package = Path(self.bdist_dir, "vrm_kernels")
+        if any(package.glob("_*.so")) or any(package.glob("_*.pyd")):
+            return super().get_tag()
+        return "py3", "none", super().get_tag()[2] if os.name == "nt" else "any"
 
 
 class _BuildExtensions:
@@ -109,7 +109,8 @@ class _BuildExtensions:
                 reason = str(why)
                 _refuse_if_required(backend, reason)
                 print(_banner(backend, reason), file=sys.stderr)
-            record[backend] = {"reason": reason, "torch": _torch_version()}
+            sources = build_record.fingerprint(ROOT / "csrc", backend)
+            record[backend] = {"reason": reason, "torch": _torch_version(), "sources": sources}
         self.extensions = built
         folder.mkdir(parents=True, exist_ok=True)
         (folder / build_record.NAME).write_text(json.dumps(record, indent=1) + "\n")

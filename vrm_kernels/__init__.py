@@ -7,5 +7,5 @@ from vrm_kernels import backends, functional
 from vrm_kernels.data import DualViewDataset
 from vrm_kernels.loss import VRMLoss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DualViewDataset", "VRMLoss", "__version__", "backends", "functional"]

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-NAME = "_build.json"  # {"cpp": {"reason": why it is missing, "torch": the version it was built beside}, "cuda": ...}
+# {"cpp": {"reason": why it is missing, "torch": the version it was built beside, "sources": fingerprint}, "cuda": ...}
+NAME = "_build.json"
 FOLDERS = {"cpp": "cpu", "cuda": "cuda"}  # of csrc, by backend
 
 

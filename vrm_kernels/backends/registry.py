@@ -6,13 +6,14 @@ Asked for by name a backend runs or raises; only ``"auto"`` chooses, from the te
 
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass
 
 import torch
 
 from vrm_kernels.backends import cpp, cuda, triton
 from vrm_kernels.backends.contract import Backend
-from vrm_kernels.backends.status import Status
+from vrm_kernels.backends.status import Status, constant
 
 # "auto" takes the first of these that runs on the tensors' device.
 AUTO_ORDER = ("cpp", "triton", "cuda", "torch")
@@ -99,7 +100,7 @@ def resolve(name: str, device: torch.device) -> str:
     """
     check_name(name)
     if name == "auto":
-        return next(n for n in AUTO_ORDER if REGISTRY[n].is_for(device.type) and REGISTRY[n].status()[0])
+        return _first_usable(device.type)
     backend = REGISTRY[name]
     if not backend.runs_on(device.type):
         raise RuntimeError(
@@ -110,6 +111,27 @@ def resolve(name: str, device: torch.device) -> str:
     if not usable:
         raise RuntimeError(f"backend {name!r} cannot run here: {note}. Use backend='auto' to take one that can")
     return name
+
+
+@constant
+def _first_usable(device_type: str) -> str:
+    missing = {}
+    for name in AUTO_ORDER:
+        if not REGISTRY[name].is_for(device_type):
+            continue
+        usable, note = REGISTRY[name].status()
+        if usable:
+            break
+        missing[name] = note
+    if name == AUTO_ORDER[-1] and missing:
+        _warn(device_type, "; ".join(f"{other!r} cannot run here: {note}" for other, note in missing.items()))
+    return name
+
+
+@functools.cache
+def _warn(device_type: str, why: str) -> None:
+    """Once: the loss is right, and slower than it need be."""
+    warnings.warn(f"backend 'auto' takes 'torch' on {device_type}, which is slower: {why}", stacklevel=2)
 
 
 def describe() -> str:
