@@ -1,9 +1,9 @@
 """Files that are whole or not there: models as safetensors, and the state of a run. Loading one executes nothing."""
 
+import hashlib
+import io
 import os
-import pickle
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from vrm_distill import foreign
 from vrm_distill.models import create_model, is_known
 
 # What load_checkpoint needs to find in a file's metadata.
@@ -25,7 +26,7 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, metadata: dict[st
             kept as text.
 
     Raises:
-        ValueError: one of those is missing.
+        ValueError: one of those is missing, or the model has NaN or infinite numbers.
         OSError: the file cannot be written; an earlier file at ``path`` is then untouched.
     """
     from safetensors.torch import save
@@ -34,6 +35,7 @@ def save_checkpoint(path: str | os.PathLike, model: nn.Module, metadata: dict[st
         raise ValueError(f"the metadata of a checkpoint must name {', '.join(_REBUILD)}: missing {', '.join(missing)}")
     # Cloned, because a file of this format has no two tensors over one storage (tied weights).
     tensors = {name: x.detach().cpu().clone().contiguous() for name, x in model.state_dict().items()}
+    check_finite(tensors, f"{path} is not written: the model")
     payload = save(tensors, {key: str(value) for key, value in metadata.items()})
     write_atomically(path, lambda file: file.write(payload))
 
@@ -60,18 +62,17 @@ def load_checkpoint(path: str | os.PathLike, model: nn.Module | None = None) -> 
                 f"{path} is of an unknown model {name!r}: build it and pass it as load_checkpoint(..., model)"
             )
         model = create_model(name, int(metadata["in_channels"]), int(metadata["classes"]))
-    load_weights(model, state, path)
+    foreign.fit(model, state, path)
     return model.eval(), metadata
 
 
 def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name, and text metadata, of a safetensors file or of a PyTorch file that holds a state dict.
 
-    A PyTorch file may hold the state dict under ``state_dict``, ``model`` or ``model_state_dict``; names lose the
-    ``module.`` that DistributedDataParallel gives them.
+    A PyTorch file may hold the state dict under one of the keys that training code commonly uses.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or it cannot be read.
         ValueError: a folder, neither of these files, or one that would have to run code to be read.
     """
     from safetensors import SafetensorError, safe_open
@@ -86,31 +87,14 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         if Path(path).suffix not in (".pt", ".pth", ".bin", ".tar", ".ckpt"):
             raise ValueError(f"{path} is not a safetensors checkpoint: {error}") from error
     try:
-        content = load_state(path)
+        content = foreign.read_plain(path)
     except ValueError as error:
         raise ValueError(f"{error}; save a state dict: torch.save(model.state_dict(), FILE)") from None
-    for key in ("state_dict", "model", "model_state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    state = {name.removeprefix("module."): x for name, x in content.items() if isinstance(x, Tensor)}
-    if not state:
-        raise ValueError(f"{path} holds no state dict: expected tensors by name, got {', '.join(map(str, content))}")
-    return state, {}
+    return foreign.find_state(content, path), {}
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """``model.load_state_dict(state)``, with a ``ValueError`` of one line that names ``path`` where they do not fit."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        more = f" (and {len(lines) - 2} more like it)" if len(lines) > 2 else ""
-        raise ValueError(f"{path} does not fit the model: {' '.join(lines[:2])}{more}") from None
-
-
-def check_finite(state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Refuse weights that a diverged training left.
+def check_finite(state: dict[str, Tensor], what: str | os.PathLike) -> None:
+    """Refuse weights that a diverged training left; ``what`` they are of begins the sentence.
 
     Raises:
         ValueError: naming the first tensor with a NaN or an infinite number, and how many more there are.
@@ -118,35 +102,36 @@ def check_finite(state: dict[str, Tensor], path: str | os.PathLike) -> None:
     bad = [name for name, x in state.items() if x.is_floating_point() and not x.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
-        raise ValueError(f"{path} has NaN or infinite numbers in {bad[0]}{more}: take an earlier checkpoint of it")
+        raise ValueError(f"{what} has NaN or infinite numbers in {bad[0]}{more}: take an earlier checkpoint of it")
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """A number of the tensors of a state dict: another one if a name or a bit of a value is another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, x in state.items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
+        digest.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_state(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """Write a dict of tensors, numbers, text, lists and dicts: whole or, if interrupted, not at all."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    """Write a dict of tensors, numbers, text, lists and dicts: whole or, if interrupted, not at all.
+
+    It is made in memory first: torch's own writer turns a full disk and Ctrl-C into errors of its own.
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_atomically(path, lambda file: file.write(content.getbuffer()))
 
 
 def load_state(path: str | os.PathLike) -> dict[str, Any]:
     """What :func:`save_state` wrote, tensors on the CPU.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or it cannot be read.
         ValueError: another kind of file, or one that would have to run code to be read.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols that the next lines refuse
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    # What torch says is not passed on: it advises to switch the protection off.
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} cannot be read as plain tensors: it holds more than tensors and would have to run code to be "
-            f"read, or is no PyTorch file"
-        ) from None
-    except (RuntimeError, EOFError, UnicodeDecodeError):
-        raise ValueError(f"{path} cannot be read as plain tensors: it is damaged or no PyTorch file") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
+    return foreign.read_plain(path)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:

@@ -5,6 +5,7 @@ The loss of one batch is defined here, for the loops below, which are for your o
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -227,6 +228,20 @@ class Means:
         self.total = values * samples if self.total is None else self.total + values * samples
         self.samples += samples
         return values
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`of` makes the same sums of."""
+        return {"names": self.names, "total": self.total, "samples": self.samples}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device, *, empty: bool = False) -> "Means":
+        """The sums of a :meth:`state`; ``empty`` gives zeros in their place."""
+        means = cls()
+        if state["total"] is not None:
+            means.names, total = list(state["names"]), state["total"].to(device)
+            means.total = torch.zeros_like(total) if empty else total
+            means.samples = 0 if empty else state["samples"]
+        return means
 
     def read(self) -> dict[str, float]:
         if self.total is None:

@@ -1,16 +1,16 @@
 """The options of ``vrm-distill``: what each takes, and how YAML and the command line go together."""
 
 import argparse
-import math
-import tempfile
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from vrm_distill.data import AUGMENTATIONS, SOURCES
+from vrm_distill.failures import Refused
 from vrm_distill.models import MODELS, check_name
-from vrm_distill.settings import BASELINES, OPTIMIZERS, PRECISIONS, SCHEDULES, Settings
+from vrm_distill.settings import BASELINES, OPTIMIZERS, PRECISIONS, SCHEDULES, TRACKERS, Settings
 from vrm_kernels import backends, checks
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -20,12 +20,24 @@ def presets() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+# No number of an option may overflow where it is used: in float32, and in 32 bits.
+_LARGEST = torch.finfo(torch.float32).max
+_LARGEST_INTEGER = 2**31 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises :class:`Refused` instead of printing its forty lines of usage."""
+
+    def error(self, message: str) -> None:
+        raise Refused(None, message)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of a command line: its own, over those of ``--config``, of ``--preset``, and the defaults.
 
     A YAML file's entries are put before the command line as options, so that one set of checks serves both.
     """
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files = Parser(add_help=False, allow_abbrev=False)
     files.add_argument("--preset", choices=presets(), help="settings that come with the package")
     files.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of options, named as here without --")
     chosen, _ = files.parse_known_args(argv)
@@ -35,7 +47,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
     arguments = [argument for path in paths for argument in _from_yaml(parser, path)]
     options = parser.parse_args([*arguments, *argv])
     options.given = {argument.partition("=")[0] for argument in (*arguments, *argv) if argument.startswith("--")}
-    return parser, options
+    return options
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -47,19 +59,24 @@ def _from_yaml(parser: argparse.ArgumentParser, path: Path) -> list[str]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"argument --config: {path} cannot be read: {' '.join(str(error).split())}")
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise Refused("--config", f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        parser.error(f"argument --config: {path} must hold 'option: value' lines")
+        raise Refused("--config", f"{path} must hold 'option: value' lines")
     known = {flag: action for action in parser._actions for flag in action.option_strings}
     arguments = []
     for key, value in content.items():
         flag = f"--{str(key).replace('_', '-')}"
         if flag not in known or flag in ("--config", "--preset", "--help"):
-            parser.error(f"argument --config: {path} has {key!r}, which is no option (see --help)")
+            raise Refused("--config", f"{path} has {key!r}, which is no option (see --help)")
         if value is None:
             continue
+        single = not isinstance(value, (list, dict))
+        if isinstance(value, dict) or not (single or known[flag].nargs == "+"):
+            raise Refused(
+                "--config", f"{path}: {key} takes {'values' if known[flag].nargs else 'one value'}, got {value!r}"
+            )
         if isinstance(value, bool) and f"--no-{flag[2:]}" in known:
             arguments.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, bool) and known[flag].nargs == 0:  # a flag that is there or not
@@ -75,49 +92,30 @@ def _from_yaml(parser: argparse.ArgumentParser, path: Path) -> list[str]:
 
 
 def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vrm-distill",
         description="Train a teacher, or take a trained one; then for each seed a small student alone on the real "
-        "view, alone on both views, and distilled with Virtual Relation Matching. Ends with a table, curves, a log and "
-        "checkpoints. Runs as it is under torchrun.",
+        "view, alone on both views, and distilled with Virtual Relation Matching. Ends with a table, curves, a report, "
+        "a log and checkpoints. Runs as it is under torchrun. Other commands: vrm-distill eval --help, vrm-distill "
+        "export --help; vrm-distill train is this one.",
         epilog="Start: vrm-distill (a minute and a half, no download); vrm-distill --dataset folder:PATH --image-size "
         "224 --teacher timm:resnet34 --teacher-checkpoint FILE --student timm:resnet18 --baselines none --seeds 1.",
         parents=[files],
         allow_abbrev=False,
     )
-    fields = Settings.__dataclass_fields__
-
-    def group(title: str) -> Callable[..., None]:
-        section = parser.add_argument_group(title)
-
-        def add(flag: str, help: str, **kind) -> None:
-            default = fields[flag[2:].replace("-", "_")].default
-            if isinstance(default, bool):
-                kind["action"] = argparse.BooleanOptionalAction
-            shown = "" if default in (None, False, ()) else " (default: %(default)s)"
-            section.add_argument(flag, help=help + shown, default=default, **kind)
-
-        return add
-
     network = {"type": _network, "metavar": "NETWORK"}
     positive = {"type": number(0, exclusive=True)}
     count = {"type": integer(1), "metavar": "N"}
 
-    add = group("data")
-    add("--dataset", f"{'; '.join(f'{name}: {what}' for name, what in SOURCES.items())}", type=str, metavar="SOURCE")
-    add("--data-dir", "where torchvision's datasets are", type=Path, metavar="FOLDER")
-    add("--train-images", "how many of its images to train on, instead of all (digits: 900)", **count)
-    add("--image-size", "make all images of folder:, parquet: and hub: N x N", type=integer(8), metavar="N")
-    add("--mean", "what normalises the images; by default the teacher's own, or else the data's", type=float, nargs="+")
-    add("--std", "likewise", type=number(0, exclusive=True), nargs="+")
+    add_data(parser)
+    add = _group(parser, "views")
     add(
         "--augment",
         "the real view's, by default after the images' channels and size; the virtual view adds RandAugment",
         choices=AUGMENTATIONS,
     )
-    add("--workers", "processes that decode images", type=integer(0), metavar="N")
 
-    add = group("models")
+    add = _group(parser, "models")
     add("--teacher", f"{', '.join(MODELS)}; timm:NAME; torchvision:NAME; package.module:factory", **network)
     add(
         "--teacher-checkpoint",
@@ -129,7 +127,7 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--student", "as --teacher", **network)
     add("--baselines", "students to train without the teacher", nargs="+", choices=(*BASELINES, "none"))
 
-    add = group("training")
+    add = _group(parser, "training")
     add("--teacher-epochs", "the teacher's passes over the training images", **count)
     add("--teacher-lr", "the teacher's first learning rate", **positive, metavar="LR")
     add("--epochs", "a student's passes over the training images", **count)
@@ -160,8 +158,16 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="A",
     )
     add("--ema", "judge and keep a running mean of the weights with this decay; 0 is off", type=number(0, 1))
+    add(
+        "--clip-grad",
+        "scale gradients down to this norm times the sum of the loss's weights (alpha, beta and 1 for each view's "
+        "cross-entropy), which usual training stays far below; 0 is off",
+        type=number(0),
+        metavar="NORM",
+    )
+    add("--find-unused-parameters", "under torchrun: for a network that does not use all its parameters in a step")
 
-    add = group("relation matching")
+    add = _group(parser, "relation matching")
     add("--alpha", "weight of the inter-sample relations", type=number(0))
     add("--beta", "weight of the inter-class relations", type=number(0))
     add("--relation-warmup", "epochs over which both weights grow from 0", type=number(0), metavar="EPOCHS")
@@ -173,21 +179,16 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--backend", "what computes the loss", choices=("auto", *backends.REGISTRY))
     add("--gather-distributed", "under torchrun: relations of the global batch, not of each process's share")
 
-    add = group("run")
+    add = _group(parser, "run")
     add("--seeds", "how many students of each kind to train", **count)
     add("--seed", "the first seed; the others follow it", type=integer(0), metavar="N")
-    add("--device", "where to train: auto takes a GPU if there is one; or for instance cpu or cuda:0", type=_device)
-    add(
-        "--threads",
-        "CPU threads: raise it for large networks on a CPU; those as small as the default's gain from no more",
-        **count,
-    )
+    add_machine(parser)
     add(
         "--checkpoint-steps",
         "save what --resume goes on from every N steps, and at an epoch's end if that was 20 s ago",
         **count,
     )
-    add("--tensorboard", "write TensorBoard's events, too")
+    add("--track", "log to these, too", nargs="+", choices=TRACKERS)
     parser.add_argument(
         "--output-dir",
         type=Path,
@@ -200,13 +201,70 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="go on with the interrupted run in --output-dir, or start it if there is none",
     )
-    parser.add_argument(
-        "--evaluate", type=Path, metavar="FILE", help="only judge this checkpoint on the test images of --dataset"
-    )
     return parser
 
 
-def integer(low: int) -> Callable[[str], int]:
+def _group(parser: argparse.ArgumentParser, title: str) -> Callable[..., None]:
+    """Adds options to a group of ``parser``; an option's default is that of the setting of its name."""
+    section = parser.add_argument_group(title)
+
+    def add(flag: str, help: str, **kind) -> None:
+        default = Settings.__dataclass_fields__[flag[2:].replace("-", "_")].default
+        if isinstance(default, bool):
+            kind["action"] = argparse.BooleanOptionalAction
+        shown = "" if default in (None, False, ()) else " (default: %(default)s)"
+        section.add_argument(flag, help=help + shown, default=default, **kind)
+
+    return add
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint, and what network it is of."""
+    parser.add_argument("checkpoint", type=Path, metavar="FILE", help="student.safetensors of a run, for instance")
+    parser.add_argument(
+        "--network", type=_network, metavar="NETWORK", help="what it is of, where the file does not say: as --student"
+    )
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """The options that say which images, and how they are read."""
+    add = _group(parser, "data")
+    add("--dataset", f"{'; '.join(f'{name}: {what}' for name, what in SOURCES.items())}", type=str, metavar="SOURCE")
+    add("--data-dir", "where torchvision's datasets are", type=Path, metavar="FOLDER")
+    add(
+        "--train-images",
+        "how many of its images to train on, instead of all (digits: 900)",
+        type=integer(1),
+        metavar="N",
+    )
+    add("--image-size", "make all images of folder:, parquet: and hub: N x N", type=integer(8, 2**14), metavar="N")
+    add(
+        "--mean",
+        "what normalises the images; by default the teacher's own, or else the data's",
+        type=number(),
+        nargs="+",
+    )
+    add("--std", "likewise", type=number(0, exclusive=True), nargs="+")
+    add("--skip-broken", "leave out images that cannot be decoded, and say how many; decodes all of them first")
+    add("--workers", "processes that decode images", type=integer(0, 1024), metavar="N")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """The options that say where to compute."""
+    add = _group(parser, "machine")
+    add("--device", "where to train: auto takes a GPU if there is one; or for instance cpu or cuda:0", type=_device)
+    add(
+        "--threads",
+        "CPU threads: raise it for large networks on a CPU; those as small as the default's gain from no more",
+        # So many more threads than CPUs only wait for each other, and far more of them end the process.
+        type=integer(1, 4 * (os.cpu_count() or 1)),
+        metavar="N",
+    )
+
+
+def integer(low: int, high: int = _LARGEST_INTEGER) -> Callable[[str], int]:
+    """A whole number in ``[low, high]``, for argparse."""
+
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -214,21 +272,25 @@ def integer(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, got {value}")
         return value
 
     return parse
 
 
-def number(low: float, high: float = math.inf, *, exclusive: bool = False) -> Callable[[str], float]:
+def number(low: float = -_LARGEST, high: float = _LARGEST, *, exclusive: bool = False) -> Callable[[str], float]:
+    """A number in ``[low, high]``, without ``low`` if ``exclusive``, for argparse."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
         # Written so that NaN fails.
-        if not (low <= value <= high) or math.isinf(value) or (exclusive and value == low):
-            above = f"{'>' if exclusive else '>='} {low:g} and finite"
-            wanted = above if high == math.inf else f"in [{low:g}, {high:g}]"
+        if not (low <= value <= high) or (exclusive and value == low):
+            above = f"{'>' if exclusive else '>='} {low:g} and finite in float32"
+            wanted = above if high == _LARGEST else f"in [{low:g}, {high:g}]"
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
         return value
 
@@ -258,26 +320,3 @@ def _device(text: str) -> str:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({reason}): use cpu") from None
     return str(device)
-
-
-def prepare_folder(folder: Path, outputs: Sequence[str], overwrite: bool) -> None:
-    """Make ``folder``, and make sure that it can be written and holds no earlier run.
-
-    Raises:
-        OSError: saying what is in the way and what to do.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise OSError(f"{folder} is a file: name a folder")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise OSError(
-            f"{folder} is not empty: name another folder, add --resume to go on with the run in it, or --overwrite to "
-            f"replace it"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        for name in outputs:
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}): name a folder that can be written") from error

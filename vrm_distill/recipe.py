@@ -1,6 +1,9 @@
 """The whole run: a teacher, then for every seed the same student alone and distilled, resumable at any moment."""
 
+import json
+import os
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,33 +16,42 @@ from rich.console import Console
 from torch import nn
 
 import vrm_kernels
-from vrm_distill import checkpoint, relations
+from vrm_distill import checkpoint, failures, relations
 from vrm_distill.data import ImageData, plain_loader
 from vrm_distill.engine import count_correct, cross_entropy_loss, distillation_loss
-from vrm_distill.log import Log, progress_bar
+from vrm_distill.log import Log, progress_bar, start_trackers
 from vrm_distill.models import create_model, parameter_count
 from vrm_distill.settings import DISTILLED, TEACHER, Settings
 from vrm_distill.timing import StepTime, time_loss, time_steps
 from vrm_distill.trainer import NonFiniteLoss, Trainer, make_optimizer
+from vrm_distill.watch import Watch
 from vrm_kernels import VRMLoss
+from vrm_kernels.data import both_views
 
 # What a run leaves in its folder.
 LOG = "log.csv"
 CURVES = "curves.png"
 RELATIONS = "relations.png"
 SUMMARY = "summary.md"
+REPORT = "report.html"
 CONFIG = "config.yaml"
 STATE = "resume.pt"
 STUDENT_CHECKPOINT = "student.safetensors"
 TEACHER_CHECKPOINT = "teacher.safetensors"
+# Of what STATE holds: a checkpoint of another number is not gone on with.
+FORMAT = 2
 # A run also saves its state at the end of an epoch, if it has not for so many seconds.
 SAVE_SECONDS = 20.0
-OUTPUTS = (LOG, CURVES, RELATIONS, SUMMARY, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
+OUTPUTS = (LOG, CURVES, RELATIONS, SUMMARY, REPORT, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
+OUTPUTS += (failures.ERROR,)
 
 
 @dataclass(frozen=True)
 class Result:
     """What a run came to.
+
+    ``relations`` and ``step_time``, which are only looked at for the report, are ``None`` where that failed;
+    ``warnings`` are what was said in the first steps, and why that failed.
 
     ``rows`` are the log's; ``best_seed`` is that of the distilled student that was saved (as it was after its last
     epoch, of all seeds the best on the validation images), and of the relations; ``processes`` is how many trained.
@@ -51,9 +63,10 @@ class Result:
     teacher_parameters: int
     student_parameters: int
     best_seed: int
-    relations: relations.Relations
-    step_time: StepTime
+    relations: relations.Relations | None
+    step_time: StepTime | None
     training_seconds: float
+    warnings: list[str]
     processes: int = 1
 
     def final_accuracies(self, method: str) -> list[float]:
@@ -90,19 +103,34 @@ def run(
     return _Run(settings, data, console, accelerator, teacher, resume or {}).run()
 
 
-def read_state(settings: Settings) -> dict[str, Any] | None:
+def read_state(settings: Settings, data: ImageData, teacher: nn.Module | None) -> dict[str, Any] | None:
     """The checkpoint of an interrupted run in ``settings.output_dir``, or ``None`` if it came to none.
 
+    Args:
+        teacher: one that was trained before the run.
+
     Raises:
-        ValueError: the checkpoint cannot be read, or is of a run with other settings, which are named.
+        ValueError: the checkpoint cannot be read, or is of a run with other settings, images or another teacher, which
+            are named.
     """
     path = settings.output_dir / STATE
     if not path.exists():
         return None
     state = checkpoint.load_state(path)
-    if differences := settings.differences(state.get("settings", {})):
-        raise ValueError(f"{path} is of another run: {'; '.join(differences)}")
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} is of another version of vrm-distill: go on with that one, or start anew")
+    differences = settings.differences(state["settings"])
+    if not differences and state["data"] != data.fingerprint():
+        differences.append(f"the images of {settings.dataset} are not those it was trained on: restore them")
+    if not differences and state["teacher"] != _fingerprint(teacher):
+        differences.append(f"the weights in {settings.teacher_checkpoint or settings.teacher} are not those of then")
+    if differences:
+        raise ValueError(f"{path} is of another run: {'; '.join(differences)}; or start anew in another --output-dir")
     return state
+
+
+def _fingerprint(teacher: nn.Module | None) -> str | None:
+    return None if teacher is None else checkpoint.fingerprint(teacher.state_dict())
 
 
 class _Run:
@@ -114,6 +142,8 @@ class _Run:
         self.seconds: float = resume.get("seconds", 0.0)
         self.saved: str | None = None
         self.saved_at = time.monotonic()
+        self.watch = Watch(console.print, resume.get("warnings", []))
+        self.fingerprints = {"data": data.fingerprint(), "teacher": _fingerprint(teacher)}
         shards = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": settings.workers}
         self.judges = {
             "validation_accuracy": plain_loader(data.validation, **shards),
@@ -128,12 +158,20 @@ class _Run:
             for name in OUTPUTS:
                 checkpoint.remove_leftovers(self.folder / name)
         if self.main and not self.resume:
-            with (self.folder / CONFIG).open("w") as file:
-                yaml.safe_dump(settings.plain(), file, sort_keys=False)
-        events = self.folder / "tensorboard" if settings.tensorboard else None
+            with (self.folder / CONFIG).open("w", encoding="utf-8") as file:
+                yaml.safe_dump(settings.plain(), file, sort_keys=False, allow_unicode=True)
+        self._tell_processes()
+        self.watch.sizes(
+            parameter_count(self.teacher or self._new_model(settings.teacher, settings.seed)),
+            parameter_count(self._new_model(settings.student, settings.seed)),
+            self.accelerator.num_processes,
+            settings,
+        )
+        trackers = start_trackers(self.accelerator, settings) if settings.track else []
         done = self.resume.get("task", 0)
+        log = self.folder / LOG if self.main else Path(os.devnull)
         with (
-            Log(self.folder / LOG if self.main else Path("/dev/null"), self.resume.get("rows", ()), events) as self.log,
+            Log(log, self.resume.get("rows", ()), trackers if self.main else ()) as self.log,
             progress_bar(self.console) as self.progress,
         ):
             if self.teacher is not None and not self.log.rows:
@@ -153,21 +191,33 @@ class _Run:
             self.progress.update(self.bar, description="judging")
             return self._result()
 
+    def _tell_processes(self) -> None:
+        now, then = self.accelerator.num_processes, self.resume.get("processes", self.accelerator.num_processes)
+        if now != then:
+            self.console.print(
+                f"resuming with {now} {'process' if now == 1 else 'processes'} what {then} began: the order of the "
+                f"images stays, their augmentations are other draws, and batch norm's statistics"
+                f"{'' if self.settings.gather_distributed else ' and the relations'} are of other shares of a batch"
+            )
+
     def _task(self, number: int, state: dict[str, Any] | None) -> None:
         """Train one model, from ``state`` if it was interrupted, and save it if it is to be kept."""
         (method, seed), settings = self.tasks[number], self.settings
         self.progress.update(self.bar, description=method if method == TEACHER else f"seed {seed} {method}")
         name, lr = (settings.teacher, settings.teacher_lr) if method == TEACHER else (settings.student, settings.lr)
+        model, what = self._new_model(name, seed), method if method == TEACHER else f"{method}, seed {seed}"
         trainer = Trainer(
             self.accelerator,
-            self._new_model(name, seed),
+            model,
             self.data,
             settings,
-            self._objective(method),
+            self._objective(method, model),
             epochs=self._epochs(method),
             lr=lr,
             seed=seed,
             virtual=method != "alone_real",
+            clip=settings.clip_grad * self._weight(method),
+            watch=lambda step, terms, norm: self.watch.step(step, terms, norm, settings, what),
         )
         if state is not None:
             trainer.load_state(state)
@@ -190,10 +240,16 @@ class _Run:
             row["lr"] = float(trainer.optimizer.param_groups[0]["lr"])
             try:
                 means = trainer.epoch(save)
+                if trainer.at.epoch + 1 == trainer.epochs and not trainer.parameters_finite():
+                    raise NonFiniteLoss(["a weight"], trainer.epochs, trainer.at.step)
             except NonFiniteLoss as error:
                 last = f"the last good checkpoint is of {self.saved}" if self.saved else "no checkpoint was due before"
-                advice = self._advice(method, lr)
-                raise Diverged(f"{error} ({method}, seed {seed}); {last}: try {advice}") from error
+                if method == DISTILLED and self._teacher_overflows(trainer, error):
+                    blamed = "the teacher's logits are NaN or infinite there, the student is not to blame"
+                    advice = "another --teacher-checkpoint, or --precision no"
+                else:
+                    blamed, advice = last, self._advice(method, lr)
+                raise Diverged(f"{error} ({what}); {blamed}: try {advice}") from error
             row["train_loss"] = means.pop("loss", None)
             row |= means
             if method == DISTILLED:
@@ -229,8 +285,18 @@ class _Run:
             advice.append("--precision no")
         return ", or ".join((", ".join(advice[:-1]), advice[-1])) if advice[1:] else advice[0]
 
+    def _teacher_overflows(self, trainer: Trainer, error: NonFiniteLoss) -> bool:
+        """Whether the teacher's logits of the step that failed are not finite."""
+        with torch.no_grad(), self.accelerator.autocast():
+            return not all(
+                bool(x.isfinite().all())
+                for real, virtual, _ in trainer.replay(error.epoch - 1, error.step - 1)
+                for x in both_views(self.teacher, real, virtual)
+            )
+
     def _tell_teacher(self, row: dict[str, Any]) -> None:
         self.console.print(f"teacher: {row['test_accuracy']:.1%} of the test images")
+        self.watch.teacher(row["test_accuracy"], len(self.data.test), self.data)
 
     def _keep(self, method: str, seed: int, model: nn.Module, last: dict[str, Any]) -> None:
         """Save the teacher; and the distilled student after its last epoch, if it is of the best seed so far."""
@@ -249,7 +315,14 @@ class _Run:
             words = [f"{title.removeprefix('student ')} {ends[m]:.1%}" for m, title in self.settings.methods.items()]
             self.console.print(f"seed {seed}: {'; '.join(words)}")
 
-    def _objective(self, method: str):
+    def _weight(self, method: str) -> float:
+        """The sum of the weights of a method's loss, which the norm of its gradients grows with."""
+        settings = self.settings
+        return {"alone_real": 1.0, DISTILLED: 2.0 + settings.alpha + settings.beta + settings.kd_weight}.get(
+            method, 2.0
+        )
+
+    def _objective(self, method: str, model: nn.Module):
         settings = self.settings
         if method != DISTILLED:
             views = "real" if method == "alone_real" else "both"
@@ -257,10 +330,12 @@ class _Run:
                 model, real, virtual, labels, views, settings.label_smoothing
             )
         self.loss_fn = make_loss(settings)
-        teacher = self.teacher.eval()
+        teacher, warmup = self.teacher.eval(), settings.relation_warmup
+        if not warmup and (settings.alpha or settings.beta) and self.watch.starts_equal(model, self.data, settings):
+            warmup = 1.0
 
         def objective(model, real, virtual, labels, progress):
-            warm = min(1.0, progress / settings.relation_warmup) if settings.relation_warmup else 1.0
+            warm = min(1.0, progress / warmup) if warmup else 1.0
             self.loss_fn.alpha, self.loss_fn.beta = settings.alpha * warm, settings.beta * warm
             with self.accelerator.autocast():
                 return distillation_loss(teacher, model, real, virtual, labels, self.loss_fn, settings.kd_weight)
@@ -300,6 +375,7 @@ class _Run:
             "size": f"{data.size[0]} {data.size[1]}",
             "mean": " ".join(map(str, data.mean)),
             "std": " ".join(map(str, data.std)),
+            "class_names": json.dumps(data.class_names),
             "vrm_kernels": vrm_kernels.__version__,
         }
         metadata |= {key: last[key] for key in ("method", "seed", "epoch", "validation_accuracy", "test_accuracy")}
@@ -309,7 +385,11 @@ class _Run:
     def _save_state(self, task: int, trainer: dict[str, Any] | None, where: str) -> None:
         if self.main:
             state = {
+                "format": FORMAT,
                 "settings": self.settings.plain(),
+                **self.fingerprints,
+                "processes": self.accelerator.num_processes,
+                "warnings": self.watch.warnings,
                 "task": task,
                 "trainer": trainer,
                 "rows": self.log.rows,
@@ -330,18 +410,24 @@ class _Run:
         # Of this process alone: the others have finished.
         loss_fn = make_loss(settings)
         loss_fn.gather_distributed = False
-        step_time = time_steps(
-            self.teacher,
-            deepcopy(student),
-            self.data,
-            settings,
-            loss_fn,
-            lambda model: make_optimizer(model, settings, settings.lr),
-            device,
-        )
         seed = self.best["seed"]
-        looks = relations.compare(
-            self.teacher, self._new_model(settings.student, seed), student, self.data, settings, seed, device
+        step_time = self._only_for_the_report(
+            "the time of a step",
+            lambda: time_steps(
+                self.teacher,
+                deepcopy(student),
+                self.data,
+                settings,
+                loss_fn,
+                lambda model: make_optimizer(model, settings, settings.lr),
+                device,
+            ),
+        )
+        looks = self._only_for_the_report(
+            "the picture of the relations",
+            lambda: relations.compare(
+                self.teacher, self._new_model(settings.student, seed), student, self.data, settings, seed, device
+            ),
         )
         return Result(
             rows=self.log.rows,
@@ -353,8 +439,17 @@ class _Run:
             relations=looks,
             step_time=step_time,
             training_seconds=self.seconds,
+            warnings=self.watch.warnings,
             processes=self.accelerator.num_processes,
         )
+
+    def _only_for_the_report(self, what: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, or ``None``: a trained student does not fail for want of it."""
+        try:
+            return make()
+        except Exception as error:
+            self.watch.warn(f"the report lacks {what}: {failures.explain(error, self.folder)}")
+            return None
 
 
 def make_loss(settings: Settings) -> VRMLoss:

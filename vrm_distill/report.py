@@ -3,11 +3,15 @@
 import statistics
 from pathlib import Path
 
+import matplotlib
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vrm_distill import page, recipe, relations
+from vrm_distill.data import ImageData
+from vrm_distill.log import console
 from vrm_distill.recipe import Result
 from vrm_distill.settings import DISTILLED, TEACHER, Settings
 from vrm_kernels import __version__, backends
@@ -20,20 +24,65 @@ STYLES = {
 }
 
 
-def table(settings: Settings, result: Result) -> Table:
-    """Accuracy and size of the teacher and of the three students; Markdown when printed."""
-    rows = Table(box=box.MARKDOWN)
-    rows.add_column("model")
-    rows.add_column("network")
-    for column in ("parameters", "test accuracy"):
-        rows.add_column(column, justify="right")
+def write(settings: Settings, data: ImageData, result: Result) -> None:
+    """The curves, the relations, the summary and the page, into the run's folder."""
+    folder = settings.output_dir
+    # A "$" in a name from outside is no formula.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        plot_curves(folder / recipe.CURVES, settings, result)
+        if result.relations is not None:
+            relations.plot(folder / recipe.RELATIONS, settings, result.relations)
+    write_summary(folder / recipe.SUMMARY, settings, result)
+    said = [*(f"Warning: {warning}." for warning in result.warnings), *sentences(settings, result)]
+    page.write(settings, data, result.processes, columns(settings, result), said)
+
+
+def tell(screen: Console, settings: Settings, result: Result) -> None:
+    """The same on the screen, and what lies where."""
+    screen.print()
+    screen.print(table(settings, result))
+    for sentence in sentences(settings, result):
+        screen.print("\n" + sentence)
+    screen.print(f"\nTrained in {result.training_seconds:.0f} s. Written to {settings.output_dir}/:")
+    best = ", the best seed on the validation images" if settings.seeds > 1 else ""
+    for name, what in (
+        (recipe.REPORT, "everything in one page, for a browser"),
+        (recipe.CURVES, "the training curves"),
+        (recipe.RELATIONS, "the relations of teacher and student, before and after"),
+        (recipe.LOG, "every epoch of every model"),
+        (
+            recipe.STUDENT_CHECKPOINT,
+            f"the distilled student after its last epoch, of seed {result.best_seed}{best}",
+        ),
+        (recipe.TEACHER_CHECKPOINT, "the teacher"),
+        (recipe.SUMMARY, "this table"),
+        (recipe.CONFIG, "the settings, for --config"),
+    ):
+        if (settings.output_dir / name).exists():
+            screen.print(f"  {name:<20} {what}")
+
+
+def columns(settings: Settings, result: Result) -> list[tuple[str, str, str, str]]:
+    """Model, network, parameters and accuracy of the teacher and of the students, below the names of these."""
+    rows = [("model", "network", "parameters", "test accuracy")]
     models = [(TEACHER, TEACHER, settings.teacher, result.teacher_parameters)]
     models += [
         (method, title, settings.student, result.student_parameters) for method, title in settings.methods.items()
     ]
     for method, title, network, parameters in models:
-        rows.add_row(title, network, f"{parameters:,}", accuracy(result.final_accuracies(method)))
+        rows.append((title, network, f"{parameters:,}", accuracy(result.final_accuracies(method))))
     return rows
+
+
+def table(settings: Settings, result: Result) -> Table:
+    """:func:`columns`; Markdown when printed."""
+    heads, *rows = columns(settings, result)
+    shown = Table(box=box.MARKDOWN)
+    for head in heads:
+        shown.add_column(head, justify="right" if head in heads[2:] else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*(cell.replace("|", "\\|") for cell in row))
+    return shown
 
 
 def accuracy(values: list[float]) -> str:
@@ -57,6 +106,8 @@ def sentences(settings: Settings, result: Result) -> list[str]:
             f"Distilled against alone on both views: {statistics.fmean(gains):+.1f} points "
             f"(by seed {' '.join(f'{gain:+.1f}' for gain in gains)})."
         )
+    if time is None:
+        return said
     # The timing is the first process's own, of the whole batch, after the training.
     one = " in one process, without what processes send each other" if result.processes > 1 else ""
     eager = ""
@@ -76,9 +127,11 @@ def sentences(settings: Settings, result: Result) -> list[str]:
 
 def write_summary(path: Path, settings: Settings, result: Result) -> None:
     """The same table and sentences as Markdown, and the settings that made them."""
-    with path.open("w") as file:
-        console = Console(file=file, width=120, highlight=False)
-        console.print(table(settings, result))
+    with path.open("w", encoding="utf-8") as file:
+        paper = console(file=file, width=120)
+        paper.print(table(settings, result))
+        for warning in result.warnings:
+            paper.print(f"\nWarning: {warning}.")
         # A setting that was left alone and means nothing here is no news.
         told = {name: value for name, value in settings.plain().items() if name != "output_dir"}
         default = Settings().plain()
@@ -86,7 +139,7 @@ def write_summary(path: Path, settings: Settings, result: Result) -> None:
         made_by += f", vrm_kernels {__version__}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, "
         made_by += "1 process" if result.processes == 1 else f"{result.processes} processes"
         for sentence in (*sentences(settings, result), f"Settings: {made_by}."):
-            console.print("\n" + sentence, soft_wrap=True)
+            paper.print("\n" + sentence)
 
 
 def plot_curves(path: Path, settings: Settings, result: Result) -> None:

@@ -18,8 +18,18 @@ BASELINES = ("alone_real", "alone_both")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
-# Settings that leave every number of a run as it is: a resumed run may have others.
-INCIDENTAL = ("checkpoint_steps", "data_dir", "output_dir", "tensorboard", "workers")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+# Settings that leave every number of a run as it is: a resumed run may have others. Of the teacher's file it is the
+# weights that count, not where they lie.
+INCIDENTAL = (
+    "teacher_checkpoint",
+    "checkpoint_steps",
+    "data_dir",
+    "find_unused_parameters",
+    "output_dir",
+    "track",
+    "workers",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Settings:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     augment: str = "auto"
+    skip_broken: bool = False
     workers: int = 0
 
     teacher: str = "conv_32_64_128"
@@ -57,6 +68,8 @@ class Settings:
     label_smoothing: float = 0.0
     mixup: float = 0.0
     ema: float = 0.0
+    clip_grad: float = 100.0
+    find_unused_parameters: bool = False
 
     alpha: float = 4.0
     beta: float = 2.0
@@ -74,7 +87,7 @@ class Settings:
     device: str = "auto"
     threads: int = 1
     checkpoint_steps: int = 1000
-    tensorboard: bool = False
+    track: tuple[str, ...] = ()
     output_dir: Path = field(default=Path("runs"))
 
     @property

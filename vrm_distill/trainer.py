@@ -1,7 +1,7 @@
 """The training of one model, step by step, from its start or from where a checkpoint left it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from vrm_distill.settings import Settings
 Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
 # The loss is looked at this often, in steps: reading it makes the host wait for the device.
 _LOOK = 50
+# So many steps of a training are shown to its watcher, which makes the host wait, too.
+_WATCHED = 3
 _NEVER = 2**62
 
 
@@ -53,6 +55,8 @@ class Trainer:
         epochs, lr: how long, and the first learning rate.
         seed: of the order of the samples and of the augmentations.
         virtual: make the virtual view, too; else the objective gets the real one in its place.
+        clip: scale gradients down to this norm where theirs is larger; 0 lets them be.
+        watch: is shown the first few steps of a training: the step from 1, the loss and its terms, the gradients' norm.
     """
 
     def __init__(
@@ -67,9 +71,11 @@ class Trainer:
         lr: float,
         seed: int,
         virtual: bool = True,
+        clip: float = 0.0,
+        watch: Callable[[int, dict[str, float], float], None] | None = None,
     ) -> None:
         self.accelerator, self.data, self.settings, self.objective = accelerator, data, settings, objective
-        self.epochs, self.seed, self.virtual = epochs, seed, virtual
+        self.epochs, self.seed, self.virtual, self.clip, self.watch = epochs, seed, virtual, clip, watch
         self.batches = ShardedBatches(
             len(data.train),
             settings.batch_size,
@@ -84,8 +90,10 @@ class Trainer:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
         optimizer = make_optimizer(model, settings, lr)
         self.schedule = _schedule(optimizer, settings, epochs)
+        # What is prepared may be wrapped, for several processes or by a compiler; the network itself stays the same.
+        self.bare = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.at, self.means = Position(), Means()
+        self.at, self.means, self.gradients = Position(), Means(), Means()
         self._first_bad: Tensor | None = None
 
     def epoch(self, checkpoint: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -95,7 +103,8 @@ class Trainer:
             checkpoint: called every ``settings.checkpoint_steps`` steps, after the loss was found finite.
 
         Returns:
-            Means over the samples of the whole epoch, over all processes: ``loss`` and the objective's terms.
+            Means over the samples of the whole epoch, over all processes: ``loss`` and the objective's terms; with
+            clipping over the steps also ``grad_norm``, before it, and ``clipped``, the share of steps that it changed.
 
         Raises:
             NonFiniteLoss: the loss or one of its terms became NaN or infinite.
@@ -119,12 +128,14 @@ class Trainer:
             torch.cuda.synchronize()
         self.at.seconds = seconds + time.perf_counter() - start
         self._broadcast_buffers()
-        return self.means.read() if self.accelerator.is_main_process else {}
+        if not self.accelerator.is_main_process:
+            return {}
+        return {**self.means.read(), **(self.gradients.read() if self.clip else {})}
 
     def next_epoch(self) -> None:
         """Move to the first step of the next epoch, with its learning rate."""
         self.schedule.step()
-        self.at, self.means = Position(self.at.epoch + 1), Means()
+        self.at, self.means, self.gradients = Position(self.at.epoch + 1), Means(), Means()
 
     @property
     def finished(self) -> bool:
@@ -133,7 +144,7 @@ class Trainer:
     @property
     def result(self) -> nn.Module:
         """The model to judge and to keep: the running mean of the weights if there is one, not wrapped in anything."""
-        return self.average.module if self.average is not None else self._bare
+        return self.average.module if self.average is not None else self.bare
 
     def state(self) -> dict[str, Any]:
         """What :meth:`load_state` needs, as tensors, numbers, text, lists and dicts."""
@@ -142,10 +153,9 @@ class Trainer:
             "epoch": self.at.epoch,
             "step": self.at.step,
             "seconds": self.at.seconds,
-            "names": self.means.names,
-            "total": self.means.total,
-            "samples": self.means.samples,
-            "model": self._bare.state_dict(),
+            "means": self.means.state(),
+            "gradients": self.gradients.state(),
+            "model": self.bare.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -154,7 +164,7 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state` of a trainer of the same settings."""
-        self._bare.load_state_dict(state["model"])
+        self.bare.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
@@ -162,33 +172,39 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.at = Position(state["epoch"], state["step"], state["seconds"])
-        if state["total"] is not None:
-            # The sums of all processes are the first one's from here on, as they are after _share_means.
-            main, total = self.accelerator.is_main_process, state["total"].to(self.accelerator.device)
-            self.means.names = list(state["names"])
-            self.means.total = total if main else torch.zeros_like(total)
-            self.means.samples = state["samples"] if main else 0
+        # The sums of all processes are the first one's from here on, as they are after _share_means.
+        main, device = self.accelerator.is_main_process, self.accelerator.device
+        self.means = Means.of(state["means"], device, empty=not main)
+        self.gradients = Means.of(state["gradients"], device)
 
     def close(self) -> nn.Module:
         """:attr:`result`, and let go of the optimiser and of the wrappers."""
         result = self.result
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False, keep_torch_compile=False)
         self.accelerator.free_memory()
         return result
 
-    @property
-    def _bare(self) -> nn.Module:
-        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+    def replay(self, epoch: int, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The views and labels of each part of a step that this process has taken, both counted from 0."""
+        self.batches.seek(epoch, step)
+        loader = iter(batches_loader(self.data.train, self.batches))
+        for part in range(self.settings.accumulate):
+            yield self._views(loader, epoch, step, part)
 
-    def _step(self, loader) -> None:
-        device, parts = self.accelerator.device, self.settings.accumulate
+    def _views(self, loader: Iterator, epoch: int, step: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.accelerator.device
+        images, labels = (x.to(device, non_blocking=True) for x in next(loader))
+        seed_everything(device, self.seed, epoch, step, part, self.accelerator.process_index)
+        real, virtual = self.views(images, self.virtual)
+        if self.settings.mixup:
+            real, virtual, labels = mixup(real, virtual, labels, self.data.classes, self.settings.mixup)
+        return real, virtual, labels
+
+    def _step(self, loader: Iterator) -> None:
+        parts = self.settings.accumulate
         progress = self.at.epoch + self.at.step / self.batches.steps
         for part in range(parts):
-            images, labels = (x.to(device, non_blocking=True) for x in next(loader))
-            seed_everything(device, self.seed, self.at.epoch, self.at.step, part, self.accelerator.process_index)
-            real, virtual = self.views(images, self.virtual)
-            if self.settings.mixup:
-                real, virtual, labels = mixup(real, virtual, labels, self.data.classes, self.settings.mixup)
+            real, virtual, labels = self._views(loader, self.at.epoch, self.at.step, part)
             # Processes add up their gradients once, with the last part.
             with self.accelerator.no_sync(self.model) if part < parts - 1 else nullcontext():
                 loss, terms = self.objective(self.model, real, virtual, labels, progress)
@@ -196,11 +212,25 @@ class Trainer:
             values = self.means.add({"loss": loss, **terms}, labels.shape[0])
             bad = torch.where(values.isfinite(), _NEVER, self.at.step)
             self._first_bad = bad if self._first_bad is None else torch.minimum(self._first_bad, bad)
+        norm = self._clip() if self.clip else None
+        if self.watch is not None and self.at.epoch == 0 and self.at.step < _WATCHED:
+            told = dict(zip(self.means.names, values.tolist(), strict=True))
+            self.watch(self.at.step + 1, told, float("nan") if norm is None else float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
-            self.average.update_parameters(self._bare)
+            self.average.update_parameters(self.bare)
         self.at.step += 1
+
+    def _clip(self) -> Tensor:
+        """Scale the gradients down to :attr:`clip` where their norm is larger; gives the norm that they had."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        parameters = [p for p in self.bare.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        self.gradients.add({"grad_norm": norm, "clipped": norm > self.clip}, 1)
+        return norm
 
     def _check_finite(self) -> None:
         if self._first_bad is None:
@@ -218,7 +248,7 @@ class Trainer:
 
     def parameters_finite(self) -> bool:
         """Whether the weights that the last step made are all finite: reads the device."""
-        return all(bool(p.isfinite().all()) for p in self._bare.parameters())
+        return bool(torch.stack([p.isfinite().all() for p in self.bare.parameters()]).all())
 
     def _share_means(self) -> None:
         """Make the sums of all processes those of the first, and empty the others'."""

@@ -16,7 +16,7 @@ from vrm_distill import load_checkpoint, validate
 from vrm_distill.cli import main
 from vrm_distill.data import open_dataset, plain_loader
 
-SHOWN = {"config.yaml", "curves.png", "relations.png", "log.csv", "summary.md"}
+SHOWN = {"config.yaml", "curves.png", "report.html", "relations.png", "log.csv", "summary.md"}
 SHOWN |= {"student.safetensors", "teacher.safetensors"}
 OUTPUTS = SHOWN | {"resume.pt"}
 

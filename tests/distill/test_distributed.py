@@ -111,9 +111,9 @@ def test_gather_distributed_reaches_the_loss(tmp_path, monkeypatch):
     from vrm_distill import recipe
     from vrm_distill.options import parse, settings_of
 
-    _, options = parse(["--gather-distributed", "--output-dir", str(tmp_path)])
+    options = parse(["--gather-distributed", "--output-dir", str(tmp_path)])
     assert recipe.make_loss(settings_of(options)).gather_distributed is True
-    _, options = parse(["--output-dir", str(tmp_path)])
+    options = parse(["--output-dir", str(tmp_path)])
     assert recipe.make_loss(settings_of(options)).gather_distributed is False
 
 

@@ -8,14 +8,14 @@ import distill_helpers  # noqa: F401 (skips these tests without the extra)
 import pytest
 import torch
 
-from vrm_distill import cli, options
+from vrm_distill import cli, options, run_folder
 from vrm_kernels import backends
 
 
 def _refused(capsys, tmp_path, *arguments):
     """The message of a refused command line; nothing may have been written."""
     before = sorted(tmp_path.rglob("*"))
-    if "--output-dir" not in arguments:
+    if "--output-dir" not in arguments and arguments[:1] not in (("eval",), ("export",)):
         arguments = (*arguments, "--output-dir", str(tmp_path / "run"))
     with pytest.raises(SystemExit) as status:
         cli.main(arguments)
@@ -38,7 +38,6 @@ def _refused(capsys, tmp_path, *arguments):
         ("--ema", "1.5", "[0, 1]"),
         ("--image-size", "32", "has its own"),
         ("--teacher-checkpoint", "nowhere.safetensors", "No such file"),
-        ("--evaluate", "nowhere.safetensors", "No such file"),
         ("--backend", "fortran", "'reference'"),
         ("--device", "abacus", "cpu"),
         ("--device", "meta", "no values"),
@@ -105,7 +104,7 @@ def test_earlier_run_is_not_overwritten_silently(capsys, tmp_path):
     assert "not empty" in message and "--overwrite" in message
     assert (folder / "log.csv").read_text() == "mine"
     # Asked for, it replaces the files of a run and no others.
-    options.prepare_folder(folder, ("log.csv", "curves.png"), overwrite=True)
+    run_folder.prepare_folder(folder, ("log.csv", "curves.png"), overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
@@ -137,7 +136,7 @@ def test_default_folder_is_new(monkeypatch, tmp_path):
     """Without --output-dir the run goes to a folder named after the dataset and the time."""
     from vrm_distill import recipe
 
-    class Stop(Exception):
+    class Stop(BaseException):
         pass
 
     def run(settings, *_):
@@ -157,17 +156,17 @@ def test_default_folder_is_new(monkeypatch, tmp_path):
 
 def test_command_line_over_file_over_preset_over_default(tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("alpha: 5\nlabel_smoothing: 0.1\nmilestones: [3, 6]\ntensorboard: true\nbaselines: none\n")
-    arguments = ["--preset=cifar100_resnet34_mobilenetv2", f"--config={file}", "--beta=7", "--no-tensorboard"]
-    _, given = options.parse(arguments)
+    file.write_text("alpha: 5\nlabel_smoothing: 0.1\nmilestones: [3, 6]\nskip_broken: true\nbaselines: none\n")
+    arguments = ["--preset=cifar100_resnet34_mobilenetv2", f"--config={file}", "--beta=7", "--no-skip-broken"]
+    given = options.parse(arguments)
     settings = options.settings_of(given)
     assert (settings.teacher, settings.alpha, settings.beta, settings.percentile) == ("resnet34", 5, 7, 30)
-    assert settings.milestones == (3, 6) and settings.label_smoothing == 0.1 and not settings.tensorboard
+    assert settings.milestones == (3, 6) and settings.label_smoothing == 0.1 and not settings.skip_broken
     assert settings.epochs == 200 and settings.seed == 0
 
 
 def test_the_issues_preset_is_the_issues():
-    _, given = options.parse(["--preset=cifar100_resnet34_mobilenetv2"])
+    given = options.parse(["--preset=cifar100_resnet34_mobilenetv2"])
     s = options.settings_of(given)
     assert (s.dataset, s.teacher, s.student) == ("hub:cifar100", "resnet34", "mobilenetv2")
     assert (s.batch_size, s.optimizer, s.lr, s.momentum, s.weight_decay) == (64, "sgd", 0.01, 0.9, 5e-4)
@@ -184,18 +183,18 @@ def test_every_preset_is_accepted(name):
 def test_a_written_configuration_is_read_back(tmp_path):
     import yaml
 
-    _, given = options.parse(["--schedule=step", "--milestones", "2", "4", "--mean", "0.5", "--output-dir", "x"])
+    given = options.parse(["--schedule=step", "--milestones", "2", "4", "--mean", "0.5", "--output-dir", "x"])
     settings = options.settings_of(given)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(settings.plain()))
-    _, given = options.parse([f"--config={file}"])
+    given = options.parse([f"--config={file}"])
     assert not settings.differences(options.settings_of(given).plain())
 
 
 def test_bare_words_of_yaml(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("precision: no\nresume: true\noverwrite: false\n")
-    _, given = options.parse([f"--config={file}"])
+    given = options.parse([f"--config={file}"])
     assert given.precision == "no" and given.resume is True and given.overwrite is False
 
 
@@ -228,23 +227,29 @@ def test_checkpoint_is_a_folder_or_names_no_network(capsys, tmp_path):
     save_checkpoint(
         tmp_path / "student.safetensors", create_model(name, 1, 10), {"model": name, "in_channels": 1, "classes": 10}
     )
-    for option in ("--evaluate", "--teacher-checkpoint"):
-        message = _refused(capsys, tmp_path, option, str(tmp_path))
+    for arguments in (("eval",), ("--teacher-checkpoint",)):
+        message = _refused(capsys, tmp_path, *arguments, str(tmp_path))
         assert f"{tmp_path} is a folder: name the file in it, student.safetensors" in message
     foreign = tmp_path / "foreign.pth"
     torch.save(create_model("resnet8", 1, 10).state_dict(), foreign)
-    message = _refused(capsys, tmp_path, "--evaluate", str(foreign))
-    assert f"{foreign} names no network: add --student NETWORK" in message
+    message = _refused(capsys, tmp_path, "eval", str(foreign))
+    assert f"{foreign} names no network: add --network NETWORK" in message
 
 
 def test_teacher_with_weights_that_are_not_finite(capsys, tmp_path):
+    from safetensors.torch import save_file
+
     from vrm_distill import create_model, save_checkpoint
 
     file, name = tmp_path / "teacher.safetensors", "conv_32_64_128"
     model = create_model(name, 1, 10)
     weight, parameter = next(iter(model.named_parameters()))
     parameter.data.view(-1)[0] = float("nan")
-    save_checkpoint(file, model, {"model": name, "in_channels": 1, "classes": 10})
+    metadata = {"model": name, "in_channels": "1", "classes": "10"}
+    with pytest.raises(ValueError, match=f"NaN or infinite numbers in {weight}"):
+        save_checkpoint(file, model, metadata)
+    assert not file.exists()
+    save_file(model.state_dict(), file, metadata)
     message = _refused(capsys, tmp_path, "--teacher-checkpoint", str(file), "--teacher", name)
     assert f"{file} has NaN or infinite numbers in {weight}" in message
 

@@ -145,7 +145,7 @@ def test_full_disk_keeps_the_last_checkpoint(undisturbed, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         assert main([*RUN, "--output-dir", str(folder)]) == 1
-    assert "No space left" in capsys.readouterr().err
+    assert f"no space is left on the disk of {folder}" in capsys.readouterr().err
     assert checkpoint.load_state(folder / "resume.pt")["trainer"] is not None
     assert main([*RUN, "--resume", "--output-dir", str(folder)]) == 0
     _assert_same(folder, undisturbed)

@@ -79,7 +79,7 @@ def test_evaluate_takes_the_checkpoints_image_size(finished, tmp_path, capsys):
         file = tmp_path / "train" / str(i % 10) / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
-    arguments = [f"--evaluate={finished / 'student.safetensors'}", f"--dataset=folder:{tmp_path}", "--device=cpu"]
+    arguments = ["eval", str(finished / "student.safetensors"), f"--dataset=folder:{tmp_path}", "--device=cpu"]
     assert main(arguments) == 0
     assert "note: " not in capsys.readouterr().out
     assert main([*arguments, "--image-size=16"]) == 0
@@ -89,7 +89,7 @@ def test_evaluate_takes_the_checkpoints_image_size(finished, tmp_path, capsys):
 def test_evaluate_judges_a_checkpoint(finished, capsys):
     file = finished / "student.safetensors"
     _, metadata = load_checkpoint(file)
-    assert main(["--evaluate", str(file), "--device=cpu"]) == 0
+    assert main(["eval", str(file), "--device=cpu"]) == 0
     right = round(600 * float(metadata["test_accuracy"]))
     assert f"{right} of 600 test images of digits" in capsys.readouterr().out
 
@@ -98,8 +98,8 @@ def test_tensorboard_has_the_logs_values(finished, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main([*SHORT, str(tmp_path / "run"), "--tensorboard"]) == 0
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    assert main([*SHORT, str(tmp_path / "run"), "--track=tensorboard"]) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "vrm-distill"))
     events.Reload()
     logged = [event.value for event in events.Scalars("distilled-5/inter_sample")]
     rows = [row for row in read_log(tmp_path / "run") if row["method"] == "distilled"]

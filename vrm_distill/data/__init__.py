@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from vrm_distill.data.augment import AUGMENTATIONS, Views, mixup
+from vrm_distill.data.augment import AUGMENTATIONS, Views, check_views, mixup
 from vrm_distill.data.images import ImageData, from_parts, to_unit
 from vrm_distill.data.loaders import ShardedBatches, batches_loader, plain_loader
 
@@ -14,6 +14,7 @@ __all__ = [
     "ShardedBatches",
     "Views",
     "batches_loader",
+    "check_views",
     "from_parts",
     "mixup",
     "open_dataset",
@@ -51,13 +52,19 @@ def _parts(source: str) -> tuple[str, str, str]:
 
 
 def open_dataset(
-    source: str, *, train_images: int | None = None, image_size: int | None = None, data_dir: str | Path = "data"
+    source: str,
+    *,
+    train_images: int | None = None,
+    image_size: int | None = None,
+    data_dir: str | Path = "data",
+    skip_broken: bool = False,
 ) -> ImageData:
     """The images that ``source`` names, in the form of a key of ``SOURCES``; the path of a folder means ``folder:``.
 
     Args:
         train_images: train on this many; ``None`` takes them all.
         image_size: make every image of a folder, of parquet files or of the hub square, of this side.
+        skip_broken: leave out those of their images that cannot be decoded.
 
     Raises:
         ValueError: the source cannot be used, saying why: a missing library, no such file, broken images by name.
@@ -89,4 +96,4 @@ def open_dataset(
     from vrm_distill.data import hub
 
     openers = {"folder": hub.folder, "parquet": hub.parquet, "hub": hub.hub}
-    return openers[kind](where, train_images=train_images, image_size=image_size)
+    return openers[kind](where, train_images=train_images, image_size=image_size, skip_broken=skip_broken)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vrm_distill.data.images import ImageData, to_unit
+from vrm_distill.seeding import seed_everything
 
 # RandAugment's operations without its two for colour, which need three channels, and without "invert" and
 # "solarize_add", whose white-on-black turned black-on-white is no digit that the test set holds.
@@ -22,6 +23,8 @@ GREY_POLICY = [
     [("translate_y", -0.1, 0.1)],
 ]
 
+# Images of fewer pixels a side are tried with this many draws of the augmentation before they are trained on.
+_SMALL, _DRAWS = 3, 40
 # What --augment takes: "auto" is one of the others by the channels and the size of the images.
 AUGMENTATIONS = ("auto", "affine", "crop", "resized_crop", "none")
 
@@ -67,6 +70,25 @@ class Views(nn.Module):
         if not virtual:
             return real, real
         return real, self.data.normalized(torch.cat([self.virtual(images) for _ in range(self.virtual_views)]))
+
+
+def check_views(data: ImageData, kind: str) -> None:
+    """Refuse images that the augmentation ``kind`` cannot take.
+
+    Raises:
+        ValueError: naming their size, and the reason.
+    """
+    images, _ = data.train[torch.arange(min(2, len(data.train)))]
+    try:
+        # As often as it takes for each of RandAugment's operations to be drawn.
+        for draw in range(_DRAWS if min(data.size) < _SMALL else 1):
+            seed_everything(images.device, draw)
+            Views(data, kind)(images)
+    except Exception as error:  # kornia's and torch's, of many kinds
+        raise ValueError(
+            f"images of {data.size[0]}x{data.size[1]} are too small for it ({str(error).splitlines()[0]}): "
+            f"--image-size N makes those of folder:, parquet: and hub: larger; --augment none leaves them alone"
+        ) from error
 
 
 def mixup(real: Tensor, virtual: Tensor, labels: Tensor, classes: int, alpha: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What a dataset is to the recipe: three parts of images in [0, 1], and what normalises them."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,8 @@ class ImageData:
     all of one size, either uint8 or float32 in [0, 1], and int64 ``[N]``. Nothing is normalised yet: augmentations want
     [0, 1], and :meth:`normalized` belongs after them.
 
-    ``mean`` and ``std`` have one number, or one a channel. ``notes`` are what the user should be told of the data.
+    ``mean`` and ``std`` have one number, or one a channel. ``notes`` are what the user should be told of the data;
+    ``counts`` how many images each split has of each class; ``class_names`` are empty where the source has none.
     """
 
     name: str
@@ -32,14 +34,28 @@ class ImageData:
     validation: Dataset
     test: Dataset
     notes: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
-        """One line on what there is."""
+        """What there is: one line, and one for each split of a source that has classes by name."""
         parts = f"{len(self.train):,} images to train, {len(self.validation):,} to validate, {len(self.test):,} to test"
-        return f"{self.name}: {self.classes} classes; {parts}; {self.size[0]}x{self.size[1]}, {self.in_channels} " + (
-            "channel" if self.in_channels == 1 else "channels"
-        )
+        channels = "channel" if self.in_channels == 1 else "channels"
+        size = f"{self.size[0]}x{self.size[1]}, {self.in_channels} {channels}"
+        return "\n  ".join((f"{self.name}: {self.classes} classes; {parts}; {size}", *self.counts))
+
+    def fingerprint(self) -> str:
+        """A number of the images and labels of each part, in their order: another one if any of them is another.
+
+        Images that are not in memory are told apart by name and size: reading them all would take too long.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.train, self.validation, self.test):
+            digest.update(f"part {len(part)}".encode())
+            for piece in _identity(part):
+                digest.update(piece)
+        return digest.hexdigest()
 
     def normalized(self, images: Tensor) -> Tensor:
         """``(images - mean) / std`` in float32, on the device of the images."""
@@ -112,6 +128,14 @@ def subset(dataset: Dataset, indices: Tensor) -> Dataset:
     return _IndexedSubset(dataset, indices)
 
 
+def _identity(dataset: Dataset) -> Iterator[bytes]:
+    if isinstance(dataset, TensorDataset):
+        for x in dataset.tensors:
+            yield memoryview(x.contiguous().numpy()).cast("B")
+    else:
+        yield from dataset.identity()
+
+
 class _IndexedSubset(Dataset):
     """A subset that, like what it is a part of, takes many indices at once."""
 
@@ -123,3 +147,7 @@ class _IndexedSubset(Dataset):
 
     def __getitem__(self, index):
         return self.dataset[self.indices[index]]
+
+    def identity(self) -> Iterator[bytes]:
+        yield memoryview(self.indices.numpy()).cast("B")
+        yield from _identity(self.dataset)

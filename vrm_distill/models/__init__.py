@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from vrm_distill.models.cifar import ResNet, WideResNet, resnet, resnet_imagenet
 from vrm_distill.models.convnet import WIDTHS, ConvNet
 from vrm_distill.models.mobilenetv2 import MobileNetV2
 
-__all__ = ["MODELS", "check_classes", "check_name", "create_model", "is_known", "parameter_count"]
+__all__ = ["MODELS", "check_classes", "check_logits", "check_name", "create_model", "is_known", "parameter_count"]
 
 # Each entry is called as factory(in_channels, classes).
 MODELS = {
@@ -78,30 +79,66 @@ def create_model(name: str, in_channels: int, classes: int, *, pretrained: bool 
 
 
 def check_classes(
-    role: str, name: str, model: nn.Module, in_channels: int, size: tuple[int, int], classes: int
+    role: str,
+    name: str,
+    model: nn.Module,
+    in_channels: int,
+    size: tuple[int, int],
+    classes: int,
+    *,
+    training: bool = True,
 ) -> None:
     """Refuse a ``model`` that does not give ``classes`` logits for images of that many channels and that size.
 
+    Args:
+        training: try it in training mode, too. The model stays as it was.
+
     Raises:
-        ValueError: naming the role, the model and both numbers.
+        ValueError: naming the role, the model, the mode and what it gives.
     """
     device = next(model.parameters(), torch.empty(0)).device
+    images = torch.zeros(2, in_channels, *size, device=device)
+    for mode in ("evaluation", "training") if training else ("evaluation",):
+        try:
+            with torch.no_grad():
+                if mode == "evaluation":  # lazy layers take their shapes from this
+                    logits = _in_mode(model, False, images)
+                else:  # a copy, for batch norm to keep no trace of it
+                    logits = _in_mode(deepcopy(model), True, images)
+        except Exception as error:  # a network of the user's may raise anything
+            shape = f"{in_channels} x {size[0]} x {size[1]}"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"the {role} {name} cannot take images of {shape} in {mode}: {reason}") from error
+        check_logits(f"the {role} {name}{' in training' if mode == 'training' else ''}", logits, classes)
+
+
+def check_logits(what: str, logits: object, classes: int | None = None) -> None:
+    """Refuse what a network gave, ``what`` beginning the sentence, unless it is logits ``[B, classes]``.
+
+    Raises:
+        ValueError: saying what it gave instead.
+    """
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        found = f"shape {list(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise ValueError(
+            f"{what} must give logits [B, {classes or 'C'}], it gives {found}: name a factory that wraps it and "
+            f"returns the logits alone (or switches auxiliary outputs off, for instance with aux_logits=False)"
+        )
+    if classes is not None and logits.shape[1] != classes:
+        raise ValueError(
+            f"{what} tells {logits.shape[1]} classes apart, the data have {classes}: give it a new head of {classes}, "
+            f"for instance by package.module:factory that makes the pretrained network with num_classes={classes}, "
+            f"and train that first (--teacher-epochs)"
+        )
+
+
+def _in_mode(model: nn.Module, training: bool, images: torch.Tensor) -> object:
     was_training = model.training
-    model.eval()
+    model.train(training)
     try:
-        with torch.no_grad():
-            logits = model(torch.zeros(2, in_channels, *size, device=device))
-    except Exception as error:
-        shape = f"{in_channels} x {size[0]} x {size[1]}"
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the {role} {name} cannot take images of {shape}: {reason}") from error
+        return model(images)
     finally:
         model.train(was_training)
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        found = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise ValueError(f"the {role} {name} must give logits [B, {classes}], it gives {found}")
-    if logits.shape[1] != classes:
-        raise ValueError(f"the {role} {name} tells {logits.shape[1]} classes apart, the data have {classes}")
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -141,8 +178,8 @@ def _factory(name: str):
         return module, partial(library.models.get_model, attribute)
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {name!r}: {error}") from error
+    except Exception as error:  # a module of the user's may raise anything
+        raise ValueError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
     if not callable(factory):
         raise ValueError(f"{name} is a {type(factory).__name__}, not a function that makes a model")
     return None, factory
