@@ -36,7 +36,7 @@ for epoch in range(4):
             into_teacher(features_virtual),
             teacher_real,
             teacher_virtual,
-            probs=(logits_real.softmax(1), logits_virtual.softmax(1)),  # what ranks the relations
+            probs=(logits_real.detach().softmax(1), logits_virtual.detach().softmax(1)),  # what ranks the relations
             percentile=30.0,
         )
         loss = F.cross_entropy(logits_real, labels) + F.cross_entropy(logits_virtual, labels) + 4.0 * relations
