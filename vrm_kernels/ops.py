@@ -76,8 +76,8 @@ def vrm_loss(
     zscore: bool,
     backend: str,
 ) -> LossResult:
-    """The whole loss on ``backend``; of the result ``loss`` alone is differentiable. ``zscore``: relations, and what
-    ranks their edges, are of the logits' z-scores."""
+    """The whole loss on ``backend``; only ``loss`` of the result is differentiable. With ``zscore`` the relations, and
+    the entropies that rank them, are those of the logits' z-scores."""
     real, virtual, teacher_real, teacher_virtual = views
     views = Views(real, virtual, teacher_real.detach(), teacher_virtual.detach())
     if backend == "reference":
@@ -155,7 +155,7 @@ def _loss(
 
 
 class _Rule(torch.autograd.Function):
-    """Of both operators the first two inputs are the student's, the first output is the loss and the next two its
+    """The first two inputs of both operators are the student's. Their first output is the loss, the next two are its
     gradients, which backward only scales. ``run`` computes the outputs from the arguments."""
 
     @staticmethod
@@ -203,8 +203,8 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def call(operator: Callable, implementation: Callable, backend: str | None, args: tuple) -> tuple[Tensor, ...]:
-    """The operator, or in eager mode what it comes to: the dispatcher's two detours through Python cost as much as a
-    small batch's kernels. ``backend`` is what lets forward-mode derivatives pass, or does not."""
+    """Calls the operator, or in eager mode what the operator would call: the dispatcher's two detours through Python
+    cost as much as a small batch's kernels. ``backend`` decides whether forward-mode derivatives pass."""
     if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
         return operator(*args)
     if (

@@ -1,4 +1,4 @@
-"""What the build left beside the extensions, and what is said of one that is missing, fails to load or is outdated.
+"""What the build left beside the extensions, and the sentences for one that is missing, does not load or is outdated.
 
 setup.py loads this file by its path: it needs the standard library alone.
 """
@@ -14,7 +14,7 @@ FOLDERS = {"cpp": "cpu", "cuda": "cuda"}  # of csrc, by backend
 
 
 def fingerprint(csrc: Path, backend: str) -> str:
-    """Of the sources of a backend's extension."""
+    """A hash of the sources of a backend's extension."""
     state = hashlib.sha256()
     for path in sorted((*csrc.glob("*"), *(csrc / FOLDERS[backend]).rglob("*"))):
         if path.is_file():
@@ -50,7 +50,7 @@ def why_left_out(backend: str) -> str:
 
 
 def why_it_does_not_load(backend: str, torch_version: str, error: Exception) -> str:
-    """After ``error``, which importing the extension raised."""
+    """The sentence for ``error``, which importing the extension raised."""
     beside = _read()[backend]["torch"]
     if beside != torch_version:
         return (

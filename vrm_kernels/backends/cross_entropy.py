@@ -1,5 +1,5 @@
-"""Cross-entropy and its gradient, of torch's own operators: exactly ``F.cross_entropy``, but for a batch whose labels
-are all ignored, which has 0."""
+"""Cross-entropy and its gradient, by torch's own operators: exactly ``F.cross_entropy``, except that a batch whose
+labels are all ignored has the value 0."""
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ def summed_cross_entropy(
     ignore_index: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(sum, divisor, gradient of the sum)``; the mean is sum by divisor, and 0 where the divisor is.
+    """``(sum, divisor, gradient of the sum)``. The mean is sum / divisor, and 0 where the divisor is 0.
 
     Args:
         logits: ``[B, C]``, float32 or float64.

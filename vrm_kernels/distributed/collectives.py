@@ -1,6 +1,6 @@
-"""What the distributed loss sends over a process group: rows and columns of logits, and gradients back; failures named.
+"""What the distributed loss sends over a process group: rows and columns of logits, and gradients back.
 
-Batches need not be even, nor non-empty: gathered rows are padded to the largest batch on the way.
+Batches may differ in size, and some may be empty: rows are padded to the largest batch while they are gathered.
 """
 
 import contextlib
@@ -11,12 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-# The name of torch 2.13, and that of the versions before.
+# torch 2.13 has the first name, earlier versions have the second.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def tensor_on(device: torch.device, values: list, dtype: torch.dtype) -> Tensor:
-    """Numbers of the host's, without waiting for a GPU, as a copy from pageable memory would."""
+    """Moves numbers of the host to ``device``. From pinned memory the copy does not wait for a GPU."""
     on_gpu = device.type == "cuda"
     return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
 
@@ -85,8 +85,9 @@ class Group:
     def start_sum_rows(self, x: Tensor):
         """Starts summing ``[sum of B_r, C]`` over the processes; what it returns waits, and returns the own rows.
 
-        Every process is sent its rows by every other and adds them up in the order of the ranks: as many bytes as a
-        reduce-scatter by rings, rows need not be even, and gloo's own takes twice as many.
+        Each process receives its rows from every other process and adds them up in the order of the ranks. That takes
+        as many bytes as a reduce-scatter in a ring and half of what gloo's takes, and the processes may have any number
+        of rows.
         """
         columns = x.shape[1]
         own = self.sizes[self.rank] * columns
@@ -101,7 +102,7 @@ class Group:
         return wait
 
     def start_swap_columns(self, x: Tensor):
-        """Starts sending every process its columns, :meth:`share_of` all, of this one's rows ``[B_r, C]``; what it
+        """Starts sending every process its columns (:meth:`share_of` all) of this process's rows ``[B_r, C]``. What it
         returns waits, and returns this process's columns of all rows, ``[sum of B_r, C_r]``."""
         own, n = x.shape
         blocks = [self.share_of(n, r) for r in range(self.world)]
@@ -114,8 +115,8 @@ class Group:
         return lambda: receive().view(sum(self.sizes), columns)
 
     def start_return_columns(self, x: Tensor, into: Tensor):
-        """The way back of :meth:`start_swap_columns`, from ``[sum of B_r, C_r]`` to the own rows; what it returns
-        waits, adds them to ``into [B_r, C]`` and returns that."""
+        """Starts the way back of :meth:`start_swap_columns`, from ``[sum of B_r, C_r]`` to the own rows. What it
+        returns waits, adds them to ``into [B_r, C]`` and returns that."""
         own, n = into.shape
         blocks = [self.share_of(n, r) for r in range(self.world)]
         counts = [own * (block.stop - block.start) for block in blocks]
@@ -129,8 +130,8 @@ class Group:
         return wait
 
     def _start_all_to_all(self, x: Tensor, send: list[int], receive: list[int], what: str):
-        """Starts sending ``send[r]`` elements of contiguous ``x`` to each process r; what it returns waits, and returns
-        what came, ``receive[r]`` elements of each, in the order of the ranks."""
+        """Starts sending ``send[r]`` elements of contiguous ``x`` to each process r. What it returns waits, and returns
+        the elements that came, ``receive[r]`` of process r, in the order of the ranks."""
         size = x.element_size()  # sent as bytes: not every library knows every dtype
         out = x.new_empty(sum(receive))
         with self.named(f"exchange of {what}"):

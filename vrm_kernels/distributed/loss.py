@@ -12,11 +12,11 @@ of its own rows:
 The gradient is multiplied by the number of processes, because DistributedDataParallel and FSDP average gradients over
 the processes, and averaging the share that each process's rows have in the global loss would divide it by that number.
 
-What a backend gives for this: the methods for process groups of :class:`vrm_kernels.backends.contract.Backend`.
+A backend gives this the methods for process groups of :class:`vrm_kernels.backends.contract.Backend`.
 
-Entropies that are too many to be stored are computed again, a block of rows at a time: by the same calls, so that they
-are the same bits, and relation_share is called for each block; a backend whose ``recomputes_entropy`` is true does so
-itself, and is called once. Nothing here waits for a GPU, but for the batch sizes.
+Where the entropies are too many to be stored, they are computed again, a block of rows at a time. The calls are the
+same, so that the bits are the same, and relation_share is called for each block. A backend whose ``recomputes_entropy``
+is true does so itself, and is called once. Only the batch sizes are waited for on a GPU.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from vrm_kernels.distributed.shares import Complete, InterView, Limits, Share
 from vrm_kernels.graph import pruning, selection
 from vrm_kernels.graph import zscore as zscores
 
-# Of a setting that users know by another name.
+# Users know these settings by other names.
 PUBLIC_NAMES = {
     "ce_real": "ce_loss_on_real",
     "ce_virtual": "ce_loss_on_virtual",
@@ -114,7 +114,8 @@ def _agree(group: Group, views: Views, settings: LossSettings, modes: dict[str, 
     """Learns the batch sizes.
 
     Raises:
-        ValueError: on every process, if they differ in anything but their batch's size, or all batches are empty.
+        ValueError: the processes differ in anything but the size of their batches, or all batches are empty. Every
+            process raises it.
     """
     dtypes = {f"dtype of logits_{name}": DTYPES.index(x.dtype) for name, x in views._asdict().items()}
     batch, classes = views.student_real.shape
@@ -138,7 +139,7 @@ def _agree(group: Group, views: Views, settings: LossSettings, modes: dict[str, 
 def _limits(
     group: Group, graphs: Sequence[Share], percentile: float, dtype: torch.dtype, device: torch.device
 ) -> Limits:
-    """Of the global graphs: the exact quantiles of their joint entropies, and how many edges are at or below them."""
+    """The exact quantiles of the global graphs' joint entropies, and how many edges are at or below them."""
     if percentile == 100:
         kept = tensor_on(device, [share.edges for share in graphs], torch.int64)
         return Limits(torch.full((len(graphs),), torch.inf, dtype=dtype, device=device), kept)
@@ -152,7 +153,7 @@ def _limits(
         return group.sum(counts, "sum of the counts of entropies")
 
     largest = max(share.edges for share in graphs) * torch.finfo(dtype).bits // 8 // group.world
-    # The kernels of GPUs count narrow digits alone.
+    # Kernels on a GPU count narrow digits only.
     wide = device.type == "cpu" and largest > shares.STORED_ENTROPY_BYTES
     values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=wide)
     low, high = values.unbind(1)

@@ -1,9 +1,9 @@
-"""A process's share of the two relation graphs of a global batch: which edges, what it needs of the other processes'
-logits for them, and what it sends back of their gradients.
+"""A process's share of the two relation graphs of a global batch: which edges it has, which logits of the other
+processes it needs for them, and which gradients it sends back.
 
 With ``relations="inter_view"`` (:class:`InterView`) an edge joins a real and a virtual view. A share takes its own
-samples' real views with all virtual views, and the real view of a block of classes with all classes' virtual view: of
-the real views it needs its own rows and its own columns, of the virtual views everything. With ``relations="complete"``
+samples' real views with all virtual views, and the real view of a block of classes with all classes' virtual view. It
+needs its own rows and its own columns of the real views, and all of the virtual views. With ``relations="complete"``
 (:class:`Complete`) any two vertices are joined, and everything is needed.
 """
 
@@ -17,10 +17,10 @@ from vrm_kernels.backends.contract import Backend, LossSettings, Probs, ShareSet
 from vrm_kernels.distributed.collectives import Group
 from vrm_kernels.graph import pruning
 
-# A share's joint entropies are stored up to here, and beyond it computed again for every pass.
+# A share's joint entropies are stored up to this size; larger ones are computed again for every pass.
 STORED_ENTROPY_BYTES = 72 << 20
 STORED_ENTROPY_BYTES_GPU = 1 << 30
-ROWS_MULTIPLE = 128  # of a block of rows: what products are cut into
+ROWS_MULTIPLE = 128  # a block has a multiple of this many rows, because products are cut so
 
 
 class Share:
@@ -77,7 +77,7 @@ class Share:
             return self.backend.relation_share(sides, self.probs, None, settings, grads)
         a, b, teacher_a, teacher_b = sides
         loss = a.new_zeros(())
-        settings = settings._replace(exclude_self=False)  # the entropies' infinities do
+        settings = settings._replace(exclude_self=False)  # the infinite entropies exclude them
         for rows, entropy in self._blocks(self.probs):
             part = Sides(a[rows], b, teacher_a[rows], teacher_b)
             into = (grads[0][rows], grads[1]) if grads else ()
@@ -86,7 +86,7 @@ class Share:
 
 
 class Limits(NamedTuple):
-    """Of the inter-sample and of the inter-class graph of the global batch."""
+    """What prunes the inter-sample and the inter-class graph of the global batch."""
 
     thresholds: Tensor  # [2], of the joint entropies
     kept: Tensor  # [2] int64
@@ -173,8 +173,8 @@ class Complete:
             self.shares.append(Share(backend, own, 2 * n, ranking, True))
 
     def _own_first(self, n: int, block: slice) -> Tensor:
-        """The stacked vertices of both views, the share's own before the others: so an edge of a vertex with itself is
-        an edge (i, i)."""
+        """The order in which the share's own vertices, of both views, come before the others: then the edge of a vertex
+        with itself is an edge (i, i)."""
         index = torch.arange(n, device=self.student[0].device)
         own = index[block]
         others = torch.cat((index[: block.start], index[block.stop :]))

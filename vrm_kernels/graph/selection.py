@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Bits a digit, by bytes of the float. A wide digit means fewer passes, each of which may have to compute all numbers
-# again; narrow ones mean less to exchange.
+# How many bits each digit has, by the bytes of the float. Wide digits take fewer passes, each of which may have to
+# compute all numbers again; narrow ones leave less to exchange.
 NARROW_DIGITS = {4: (11, 11, 10), 8: (11, 11, 11, 11, 11, 9)}
 WIDE_DIGITS = {4: (16, 16), 8: (16, 16, 16, 16)}
 
@@ -25,7 +25,7 @@ def keys(x: Tensor) -> Tensor:
 
 
 def from_keys(key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The floats that :func:`keys` made them of."""
+    """The floats whose :func:`keys` these are."""
     integer = torch.int32 if dtype == torch.float32 else torch.int64
     return torch.where(key < 0, key ^ torch.iinfo(integer).max, key).to(integer).view(dtype)
 

@@ -1,4 +1,4 @@
-"""Logits of mean 0 and standard deviation 1 in each row, which relations may be taken between, and the way back."""
+"""Logits with mean 0 and standard deviation 1 in each row, and the gradient's way back from them."""
 
 from torch import Tensor
 
@@ -11,8 +11,8 @@ def zscore(logits: Tensor) -> Tensor:
 
 
 def zscore_backward(grad: Tensor, logits: Tensor) -> Tensor:
-    """The gradient with respect to the logits, from that with respect to :func:`zscore` of them. A row without any
-    deviation has a derivative of the deviation of 0, as torch's own."""
+    """The gradient with respect to the logits, from the gradient with respect to their :func:`zscore`. Where a row's
+    deviation is 0, so is the derivative of the deviation, as in torch."""
     centred = logits - logits.mean(1, keepdim=True)
     deviation = centred.square().mean(1, keepdim=True).sqrt()
     size = deviation + RELATION_EPS
