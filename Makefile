@@ -2,7 +2,8 @@
 # make compare   cross-entropy, KD, DKD, DIST, RKD and relation matching on the same terms (a quarter of an hour; goes on where it was)
 # make test      the whole test suite, from nothing; make test-install builds and installs the package as its users do
 # make bench     every peer at every size (about 20 minutes); make bench-quick takes about 3
-# make gpu-check FOLDER=results   on a machine with a GPU and PYTHON's own torch and Triton: test and measure, 10 minutes
+# make gpu-check FOLDER=results   on a machine with a GPU and PYTHON's own torch and Triton: test and measure, 7 minutes
+#                PARTS="tests bench" of: build tests sanitize bench train
 # make build     compile the extension again after a change under csrc/
 # make lint types docs   formatters, type checks, the documentation site
 #
@@ -27,7 +28,7 @@ compare: $(READY)
 	$(BIN)/python -m benchmarks.methods.train $(ARGS)
 
 test: $(VENV)/.adapters $(VENV)/triton-3.6
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(or $(shell nproc 2>/dev/null),auto) --dist loadgroup $(ARGS)
 
 # Builds and installs the package as its users do: from the source distribution, as a wheel, without a compiler.
 test-install: $(READY)
@@ -54,7 +55,7 @@ bench-pytest: $(READY)
 	$(BIN)/python -m pytest benchmarks/cpu/test_bench_small.py --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
 
 gpu-check:
-	PYTHON="$(PYTHON)" bash benchmarks/gpu/check.sh $(or $(FOLDER),$(error give it a folder for the results: make gpu-check FOLDER=results))
+	$(PYTHON) -m benchmarks.gpu.check $(or $(FOLDER),$(error give it a folder for the results: make gpu-check FOLDER=results)) $(if $(PARTS),--parts $(PARTS))
 
 build: $(READY)
 

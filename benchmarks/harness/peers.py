@@ -73,6 +73,7 @@ class Peer:
     backend: str
     make: Callable[[], nn.Module]
     compiled: bool = False
+    mode: str | None = None  # torch.compile's
     copies: tuple[float, float] = (0.0, 0.0)
 
     def status(self) -> tuple[bool, str]:
@@ -89,7 +90,7 @@ class Peer:
         """The loss ``(S, S', T, T', labels) -> scalar``."""
         loss = self.make()
         # Static shapes: a training loop has one batch size, and it is the form in which the compiler does best.
-        return torch.compile(loss, dynamic=False) if self.compiled else loss
+        return torch.compile(loss, dynamic=False, mode=self.mode) if self.compiled else loss
 
     def expected_bytes(self, batch: int, classes: int, itemsize: int, backward: bool) -> int:
         """What it needs at the least above its inputs, or 0 where that is not known."""

@@ -1,5 +1,6 @@
 """The registry: what is there, what it says of itself, and that the compiled backend is there where it can be."""
 
+import dataclasses
 import importlib
 import shutil
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from vrm_kernels import backends
-from vrm_kernels.backends import cpp
+from vrm_kernels.backends import cpp, device_record, triton
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -31,9 +32,9 @@ def test_describe_is_a_table_of_every_backend():
     assert list(rows) == list(backends.REGISTRY)
     for name, row in rows.items():
         usable, note = backends.REGISTRY[name].status()
-        assert note and row.endswith(note)
+        assert note and note in row
         assert f"  {'yes' if usable else 'no'} " in row
-    assert lines[-1].startswith(f"auto: the first of {', '.join(backends.AUTO_ORDER)}")
+    assert lines[-1].startswith("auto: ") and all(", ".join(names) in lines[-1] for names in backends.AUTO.values())
     positions = {line.index(word) for line, word in zip(lines[:2], ("usable", "yes"), strict=True)}
     assert len(positions) == 1  # columns line up
 
@@ -53,14 +54,51 @@ def test_pure_pytorch_backends_are_usable_everywhere(name):
 
 
 def test_auto_without_the_extension_is_torch(monkeypatch):
-    import dataclasses
-
-    missing = dataclasses.replace(backends.REGISTRY["cpp"], status=lambda: (False, "not built"))
+    missing = dataclasses.replace(backends.REGISTRY["cpp"], status=lambda device=None: (False, "not built"))
     monkeypatch.setitem(backends.REGISTRY, "cpp", missing)
     assert backends.resolve("auto", torch.device("cpu")) == "torch"
-    on_a_gpu = "triton" if backends.REGISTRY["triton"].status()[0] else "torch"
-    assert backends.resolve("auto", torch.device("cuda")) == on_a_gpu
     assert "no" in next(line for line in backends.describe().splitlines() if line.startswith("cpp")).split()
+
+
+def test_auto_on_each_gpu_takes_what_that_one_can_run(monkeypatch):
+    """Two devices: `cuda` was built for the second alone; Triton compiles for both, and where it is missing there is
+    torch."""
+    usable = {"cuda": {1}, "triton": {0, 1}}
+
+    def on(name):
+        return lambda device=None: (device.index in usable[name], "")
+
+    for name in usable:
+        monkeypatch.setitem(backends.REGISTRY, name, dataclasses.replace(backends.REGISTRY[name], status=on(name)))
+    assert [backends.resolve("auto", torch.device("cuda", k)) for k in range(2)] == ["triton", "cuda"]
+    with pytest.raises(RuntimeError, match="'cuda' cannot run here"):
+        backends.resolve("cuda", torch.device("cuda", 0))
+    usable["triton"] = set()
+    assert backends.resolve("auto", torch.device("cuda", 0)) == "torch"
+    for kind in ("mps", "xpu", "meta"):
+        assert backends.resolve("auto", torch.device(kind)) == "torch"
+
+
+def test_statuses_are_of_the_device_that_is_asked_for(monkeypatch):
+    """A GPU that Triton is too new for, beside one that it compiles for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((7, 5), (9, 0))[device])
+    triton._status.cache_clear()
+    try:
+        old, new, current = (triton.status(device) for device in (*(torch.device("cuda", k) for k in range(2)), None))
+    finally:
+        triton._status.cache_clear()
+    assert not old[0] and "GPU 0 has compute capability 7.5" in old[1]
+    assert new[0] and new == current
+
+
+def test_describe_says_what_was_run_on_a_device():
+    lines = {line.split()[0]: line for line in backends.describe().splitlines()}
+    for entry in device_record.read():
+        assert f"{entry['result']} on {entry['device']} at commit {entry['commit']}" in lines[entry["backend"]]
+    assert "at commit" not in lines["torch"]
 
 
 def test_a_missing_extension_says_why(monkeypatch):

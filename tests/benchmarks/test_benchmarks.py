@@ -243,7 +243,7 @@ def test_a_slow_peer_is_not_run_at_a_larger_size():
 
 def test_a_backend_that_is_not_here_is_unavailable(tmp_path, monkeypatch):
     registry = peers.backends.REGISTRY
-    missing = dataclasses.replace(registry["cpp"], status=lambda: (False, "no compiler was found"))
+    missing = dataclasses.replace(registry["cpp"], status=lambda device=None: (False, "no compiler was found"))
     monkeypatch.setitem(registry, "cpp", missing)
     rows = statuses(Case("cpp", 8, 6), tmp_path / "cpu.csv")
     assert {row["status"] for row in rows.values()} == {"unavailable"}

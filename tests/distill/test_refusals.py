@@ -1,5 +1,6 @@
 """``vrm-distill`` refuses a bad option before any work, naming the value and what to do."""
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_unknown_option(capsys, tmp_path):
 
 
 def test_backend_that_cannot_run_here(capsys, tmp_path, monkeypatch):
-    cpp = backends.Backend("cpp", "absent", ("cpu",), "float32", lambda: (False, "it was never built"))
+    cpp = dataclasses.replace(backends.REGISTRY["cpp"], status=lambda device=None: (False, "it was never built"))
     monkeypatch.setitem(backends.REGISTRY, "cpp", cpp)
     message = _refused(capsys, tmp_path, "--backend", "cpp")
     assert "argument --backend" in message and "it was never built" in message and "auto" in message

@@ -157,7 +157,9 @@ def test_a_backend_on_a_device_it_does_not_run_on(name):
 def test_a_backend_that_cannot_run_here_never_falls_back(name, monkeypatch):
     import dataclasses
 
-    broken = dataclasses.replace(backends.REGISTRY[name], devices=(), status=lambda: (False, "the moon is full"))
+    broken = dataclasses.replace(
+        backends.REGISTRY[name], devices=(), status=lambda device=None: (False, "the moon is full")
+    )
     monkeypatch.setitem(backends.REGISTRY, name, broken)
     match = f"backend {name!r} cannot run here: the moon is full. Use backend='auto'"
     refused(RuntimeError, match, logits(), backend=name)

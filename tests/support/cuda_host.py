@@ -90,7 +90,7 @@ def build() -> Path:
 
 def backend() -> Entry:
     implementation = "vrm_kernels.backends.cuda.backend:CudaBackend"
-    return Entry(NAME, implementation, ("cpu",), lambda: (True, "the CUDA sources on the host"))
+    return Entry(NAME, implementation, ("cpu",), lambda device=None: (True, "the CUDA sources on the host"))
 
 
 @functools.cache

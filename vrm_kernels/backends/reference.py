@@ -32,10 +32,14 @@ def relations(a: Tensor, b: Tensor, eps: float, exclude_self: bool = False) -> T
     return difference / (difference.norm(dim=-1, keepdim=True) + eps)
 
 
-def kept_edges(probs: tuple[Tensor, Tensor] | None, m: int, n: int, percentile: float, exclude_self: bool) -> Tensor:
-    """The pruning mask ``[M, N]``: ranked edges whose joint entropy is at or below the percentile's quantile."""
+def kept_edges(
+    probs: tuple[Tensor, Tensor] | None, m: int, n: int, percentile: float, exclude_self: bool, device=None
+) -> Tensor:
+    """The pruning mask ``[M, N]``: ranked edges whose joint entropy is at or below the percentile's quantile; without
+    ``probs`` all of them, on ``device``."""
     if probs is None:
-        return ~torch.eye(m, n, dtype=torch.bool) if exclude_self else torch.ones(m, n, dtype=torch.bool)
+        every = torch.ones(m, n, dtype=torch.bool, device=device)
+        return every ^ torch.eye(m, n, dtype=torch.bool, device=device) if exclude_self else every
     entropy = pruning.joint_entropy(*probs)
     if not exclude_self:
         return entropy <= pruning.quantile_sorted(entropy.flatten(), percentile / 100)
@@ -59,7 +63,7 @@ def share_mask(sides: Sides, entropy: Tensor | None, settings: ShareSettings) ->
     """The pruning mask of a share's edges, whose threshold is the whole graph's; without ``entropy`` all are kept."""
     if entropy is not None:
         return entropy <= settings.threshold
-    return kept_edges(None, len(sides.a), len(sides.b), 100, settings.exclude_self).to(sides.a.device)
+    return kept_edges(None, len(sides.a), len(sides.b), 100, settings.exclude_self, sides.a.device)
 
 
 def _leaves(sides: Sides) -> Sides:
@@ -79,7 +83,7 @@ class ReferenceBackend(Backend):
         dtype = compute_dtype(*sides)
         sides = Sides(*(x.to(dtype) for x in sides))
         with torch.no_grad():
-            mask = kept_edges(probs, len(sides.a), len(sides.b), percentile, exclude_self).to(sides.a.device)
+            mask = kept_edges(probs, len(sides.a), len(sides.b), percentile, exclude_self, sides.a.device)
             finite = torch.stack([x.isfinite().all() for x in (*sides, *(probs or ()))]).all()
             kept = torch.where(finite, mask.sum(), 0)
             poison = torch.where(finite, 0.0, torch.nan).to(dtype)

@@ -1,7 +1,6 @@
 """The registry: which implementations exist, where each can run, and why one cannot.
 
-Asked for by name a backend runs or raises; only ``"auto"`` chooses, from the tensors' device alone, in the order of
-``AUTO_ORDER``.
+Asked for by name a backend runs or raises; only ``"auto"`` chooses, from the tensors' device alone, by ``AUTO``.
 """
 
 import functools
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from vrm_kernels.backends import cpp, cuda, triton
+from vrm_kernels.backends import cpp, cuda, device_record, triton
 from vrm_kernels.backends.contract import Backend
 from vrm_kernels.backends.status import Status, constant
 
-# "auto" takes the first of these that runs on the tensors' device.
-AUTO_ORDER = ("cpp", "triton", "cuda", "torch")
+# "auto" takes the first of these that is usable on the tensors' device; on types of devices that are not here `torch`.
+# A rule by size, where measurements ask for one, belongs here.
+AUTO = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Entry:
 
     ``implementation`` names a subclass of :class:`vrm_kernels.backends.contract.Backend`, ``module:Class``, which is
     imported when the backend is first used. ``devices`` are device types, ``()`` meaning any. ``status`` says
-    ``(usable, note)`` for this machine. ``interpreted`` are devices on which it only runs for tests, slowly, and which
-    "auto" does not give it.
+    ``(usable, note)`` of a device of them. ``interpreted`` are devices on which it runs for tests alone, slowly.
     """
 
     name: str
@@ -41,10 +40,6 @@ class Entry:
     def runs_on(self, device_type: str) -> bool:
         return not self.devices or device_type in self.devices + self.interpreted
 
-    def is_for(self, device_type: str) -> bool:
-        """Whether "auto" may take it there."""
-        return self.runs_on(device_type) and device_type not in self.interpreted
-
 
 @functools.cache
 def _load(implementation: str) -> Backend:
@@ -53,7 +48,7 @@ def _load(implementation: str) -> Backend:
 
 
 def _always(note: str) -> Status:
-    return lambda: (True, note)
+    return lambda device=None: (True, note)
 
 
 REGISTRY = {
@@ -69,9 +64,7 @@ REGISTRY = {
             "torch",
             "vrm_kernels.backends.torch:TorchBackend",
             (),
-            _always(
-                "matrix products over row blocks, pure PyTorch; off the CPU it reads the device once or twice a block"
-            ),
+            _always("matrix products over row blocks, pure PyTorch; large graphs wait for their device once each"),
         ),
         Entry("cpp", "vrm_kernels.backends.cpp.backend:CppBackend", ("cpu",), cpp.status),
         Entry(
@@ -100,31 +93,29 @@ def resolve(name: str, device: torch.device) -> str:
     """
     check_name(name)
     if name == "auto":
-        return _first_usable(device.type)
+        return _first_usable(device)
     backend = REGISTRY[name]
     if not backend.runs_on(device.type):
         raise RuntimeError(
             f"backend {name!r} runs on {' and '.join(backend.devices)} tensors and these are on {device}: "
             f"move them, or use backend='auto'"
         )
-    usable, note = backend.status()
+    usable, note = backend.status(device)
     if not usable:
         raise RuntimeError(f"backend {name!r} cannot run here: {note}. Use backend='auto' to take one that can")
     return name
 
 
 @constant
-def _first_usable(device_type: str) -> str:
+def _first_usable(device: torch.device) -> str:
     missing = {}
-    for name in AUTO_ORDER:
-        if not REGISTRY[name].is_for(device_type):
-            continue
-        usable, note = REGISTRY[name].status()
+    for name in AUTO.get(device.type, ("torch",)):
+        usable, note = REGISTRY[name].status(device)
         if usable:
             break
         missing[name] = note
-    if name == AUTO_ORDER[-1] and missing:
-        _warn(device_type, "; ".join(f"{other!r} cannot run here: {note}" for other, note in missing.items()))
+    if name == "torch" and missing:
+        _warn(device.type, "; ".join(f"{other!r} cannot run here: {note}" for other, note in missing.items()))
     return name
 
 
@@ -135,12 +126,15 @@ def _warn(device_type: str, why: str) -> None:
 
 
 def describe() -> str:
-    """A table of the backends: name, devices, and whether each is usable here or why not."""
+    """A table of the backends: name, devices, and whether each is usable here or why not; of those for a GPU also on
+    which they have been run, and how that ended."""
     rows = [("backend", "devices", "usable", "note")]
     for backend in REGISTRY.values():
         usable, note = backend.status()
         devices = " ".join(backend.devices) or "any"
-        rows.append((backend.name, devices, "yes" if usable else "no", note))
+        ran = f"; {device_record.note(backend.name)}" if "cuda" in backend.devices else ""
+        rows.append((backend.name, devices, "yes" if usable else "no", note + ran))
     widths = [max(len(row[k]) for row in rows) for k in range(3)]
     lines = ["  ".join([*(row[k].ljust(widths[k]) for k in range(3)), row[3]]) for row in rows]
-    return "\n".join([*lines, f"auto: the first of {', '.join(AUTO_ORDER)} that is usable on the tensors' device"])
+    order = "; ".join(f"on {device}: {', '.join(names)}" for device, names in AUTO.items())
+    return "\n".join([*lines, f"auto: the first that is usable {order}; elsewhere: torch"])

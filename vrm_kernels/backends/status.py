@@ -1,10 +1,23 @@
-"""What a backend says of itself on this machine: ``(usable, note)``."""
+"""What a backend says of itself: ``(usable, note)``."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-Status = Callable[[], tuple[bool, str]]
+import torch
+
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Status(Protocol):
+    def __call__(self, device: torch.device | None = None) -> tuple[bool, str]:
+        """Of a device of the backend's types; by default of the one that is current."""
+
+
+def cuda_index(device: torch.device | None) -> int | None:
+    """Which GPU ``device`` is, or ``None`` where torch finds none."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.current_device() if device is None or device.index is None else device.index
 
 
 def constant(function: F) -> F:

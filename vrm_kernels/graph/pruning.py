@@ -56,6 +56,9 @@ def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.T
 
 def ranks(q: float | torch.Tensor, n: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`rank` as tensors ``(below int64, weight)`` on the device of ``x``; ``q`` may itself be a tensor."""
+    if n > TORCH_QUANTILE_MAX and not isinstance(q, torch.Tensor):  # on the host: not every device has float64
+        whole, rest = rank(q, n, torch.float64)
+        return x.new_full((), whole, dtype=torch.int64), x.new_full((), rest)
     dtype = torch.float64 if n > TORCH_QUANTILE_MAX else x.dtype
     q = q.detach().to(dtype) if isinstance(q, torch.Tensor) else torch.full((), q, dtype=dtype, device=x.device)
     position = q * (n - 1)

@@ -4,6 +4,7 @@ tests/backends/cuda/shim checks each access to memory on the way: bounds, initia
 order in which threads and blocks run is shuffled. What is imported below runs here again, in this backend's forms.
 """
 
+import contextlib
 import ctypes
 import itertools
 import shutil
@@ -246,8 +247,9 @@ def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatc
     monkeypatch.setattr(build_record, "why_left_out", lambda backend: "")
     monkeypatch.setitem(sys.modules, "vrm_kernels._cuda", types.ModuleType("vrm_kernels._cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     status = cuda._load.__wrapped__
     assert status(0)[0]
     host.cuda_shim_set_known_device(0)

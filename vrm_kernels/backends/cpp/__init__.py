@@ -10,7 +10,7 @@ from vrm_kernels.backends.status import constant
 
 
 @constant
-def status() -> tuple[bool, str]:
+def status(device: torch.device | None = None) -> tuple[bool, str]:
     """``(usable, note)``: what the build can do on this CPU, or why it is missing."""
     return _load()
 

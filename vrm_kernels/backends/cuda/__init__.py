@@ -6,13 +6,13 @@ import importlib
 import torch
 
 from vrm_kernels.backends import build_record
-from vrm_kernels.backends.status import constant
+from vrm_kernels.backends.status import constant, cuda_index
 
 
 @constant
-def status() -> tuple[bool, str]:
-    """``(usable, note)``: for the device that is current, or why it is missing."""
-    return _load(torch.cuda.current_device() if torch.cuda.is_available() else None)
+def status(device: torch.device | None = None) -> tuple[bool, str]:
+    """``(usable, note)``: whether it was built for that device, or why it is missing."""
+    return _load(cuda_index(device))
 
 
 @functools.cache
@@ -27,10 +27,12 @@ def _load(device: int | None) -> tuple[bool, str]:
         return False, build_record.why_it_does_not_load("cuda", torch.__version__, error)
     if refusal := build_record.why_outdated("cuda", torch.ops.vrm_kernels.cuda_built_from()[0]):
         return False, refusal
-    if refusal := torch.ops.vrm_kernels.cuda_refusal():
-        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    with torch.cuda.device(device):
+        refusal = torch.ops.vrm_kernels.cuda_refusal()
+    if refusal:
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         return False, (
-            f"the CUDA kernels are not built for {torch.cuda.get_device_name()} ({refusal}): build again with "
+            f"the CUDA kernels are not built for {torch.cuda.get_device_name(device)} ({refusal}): build again with "
             f"TORCH_CUDA_ARCH_LIST={capability}"
         )
-    return True, "CUDA C++ kernels; not yet measured on a GPU"
+    return True, "CUDA C++ kernels"

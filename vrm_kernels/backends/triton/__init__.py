@@ -7,16 +7,16 @@ import os
 
 import torch
 
-from vrm_kernels.backends.status import constant
+from vrm_kernels.backends.status import constant, cuda_index
 
 OLDEST = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
 
 @constant
-def status() -> tuple[bool, str]:
-    """``(usable, note)``. Imports no Triton: that takes a second."""
-    return _status()
+def status(device: torch.device | None = None) -> tuple[bool, str]:
+    """``(usable, note)`` of that device. Imports no Triton: that takes a second."""
+    return _status(cuda_index(device))
 
 
 def interpreter_devices() -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def interpreter_devices() -> tuple[str, ...]:
 
 
 @functools.cache
-def _status() -> tuple[bool, str]:
+def _status(device: int | None) -> tuple[bool, str]:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -34,9 +34,9 @@ def _status() -> tuple[bool, str]:
         return False, f"Triton {version} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
     if interpreter_devices():
         return True, f"Triton {version} interpreted on the CPU (TRITON_INTERPRET is set): for tests, very slow"
-    if not torch.cuda.is_available():
+    if device is None:
         return False, f"Triton {version} is installed, but torch {torch.__version__} finds no CUDA or ROCm device"
-    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < OLDEST_CAPABILITY:
         return False, f"{name} has compute capability {capability[0]}.{capability[1]}: 8.0 or newer is needed"
     return True, f"Triton {version} on {name}"
