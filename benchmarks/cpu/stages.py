@@ -19,7 +19,7 @@ from vrm_kernels.backends.contract import LossSettings, Views
 from vrm_kernels.graph.constants import RELATION_EPS
 
 SIZES = ((64, 100), (256, 100), (512, 100), (128, 1000), (1024, 1000), (4096, 100))
-STAGES = ("center", "pack", "entropy", "threshold", "edges", "gradient")  # in the order of csrc/cpu/stages.h
+STAGES = ("softmax", "center", "pack", "entropy", "threshold", "edges", "gradient")  # in the order of csrc/cpu/stages.h
 # Least work in units of one fused multiply-add a component of every edge: the entropy is one product; a kept edge takes
 # three dot products and four additions of a multiple of a vector. The rest touches no edge.
 FLOORS = {"entropy": 1.0, "edges": 7 * PERCENTILE / 100}

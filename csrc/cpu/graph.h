@@ -92,9 +92,25 @@ struct Scratch {
   char* data;
 };
 
+// One row of logits; what is null is not wanted. The cross-entropy is that with weight[c] (hot t[c] + even) for class c,
+// where t is `target`, or 1 for class `label` and 0 for the others.
+template <class T> struct SoftmaxRow {
+  const T* logits;
+  int64_t classes;
+  T *probs, *log_probs;  // P, log(P + 1e-7)
+  bool cross_entropy;
+  const T *target, *weight;
+  int64_t label;
+  T hot, even;
+  double scale;  // of the gradient
+  T* grad;       // overwritten: zeros without a cross-entropy
+};
+
 template <class T> struct Kernels {
   int64_t panel_rows, panel_columns;  // of gemm_panel's register tile
 
+  // The row's cross-entropy, unscaled.
+  double (*softmax_row)(const SoftmaxRow<T>& row);
   // Adds every vertex to sums[dim], dims [begin, end); false if an element there is not finite.
   bool (*sum_vertices)(Strided<T> m, int64_t count, int64_t begin, int64_t end, T* sums);
   // The sum of squared distances of every step-th vertex from the centre.

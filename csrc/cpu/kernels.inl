@@ -8,6 +8,7 @@ namespace vrm {
 namespace VRM_ISA_NAMESPACE {
 
 // In the order in which a graph goes through them.
+#include "kernels/softmax.inl"
 #include "kernels/prepare.inl"
 #include "kernels/entropy.inl"
 #include "kernels/select.inl"
@@ -42,7 +43,7 @@ template <class T> double edges(const Graph<T>& g, const Block<T>& block, Scratc
 }
 
 template <class T> const Kernels<T>* kernels() {
-  static const Kernels<T> table = {kPanelRows, kPanelColumns<T>, sum_vertices<T>, spread<T>, pack_panel<T>,
+  static const Kernels<T> table = {kPanelRows, kPanelColumns<T>, softmax_row<T>, sum_vertices<T>, spread<T>, pack_panel<T>,
                                    entropy_rows<T>, pack_side<T>, edges<T>, weigh_row<T>, unpack_grad<T>,
                                    split<T>};
   return &table;

@@ -52,12 +52,12 @@ template <class T> void rank_by(GraphInput<T>& input, const OptionalTensor& prob
 
 template <class T> void describe(GraphInput<T>& input, const Tensor& a, const Tensor& b, const Tensor& teacher_a,
                                  const Tensor& teacher_b, const Tensor& grad_a, const Tensor& grad_b, double delta,
-                                 bool exclude_self, bool need_grad) {
+                                 double eps, bool exclude_self, bool need_grad) {
   input.rows = a.size(0), input.columns = b.size(0), input.dims = a.size(1);
   input.student_a = rows_of<T>(a), input.student_b = rows_of<T>(b);
   input.teacher_a = rows_of<T>(teacher_a), input.teacher_b = rows_of<T>(teacher_b);
   input.exclude_self = exclude_self, input.need_grad = need_grad;
-  input.delta = delta, input.weight = 1;
+  input.delta = delta, input.eps = eps, input.weight = 1;
   if (!need_grad) return;
   input.grad_a = {grad_a.mutable_data_ptr<T>(), nullptr, input.rows, grad_a.stride(0), grad_a.stride(1)};
   input.grad_b = {grad_b.mutable_data_ptr<T>(), nullptr, input.columns, grad_b.stride(0), grad_b.stride(1)};
@@ -67,10 +67,10 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
                                                           const Tensor& teacher_b, const OptionalTensor& probs,
                                                           const OptionalTensor& logs, int64_t rank, double lerp_weight,
-                                                          double delta, bool exclude_self, bool need_grad) {
+                                                          double delta, double eps, bool exclude_self, bool need_grad) {
   const Tensor grad_a = zero_grad<T>(a, need_grad), grad_b = zero_grad<T>(b, need_grad);
   GraphInput<T> input{};
-  describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, exclude_self, need_grad);
+  describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, eps, exclude_self, need_grad);
   rank_by(input, probs, logs);
   input.rank = rank, input.lerp_weight = lerp_weight;
   const GraphResult result = run_graphs<T>({input})[0];
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, c
                                                               const Tensor& teacher_a, const Tensor& teacher_b,
                                                               const OptionalTensor& probs_a,
                                                               const OptionalTensor& probs_b, int64_t rank,
-                                                              double lerp_weight, double delta, bool exclude_self,
+                                                              double lerp_weight, double delta, double eps, bool exclude_self,
                                                               bool need_grad) {
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
   OptionalTensor p, l;
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, c
   }
   const auto run = type == ScalarType::Double ? relation_graph<double> : relation_graph<float>;
   return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, rank,
-             lerp_weight, delta, exclude_self, need_grad);
+             lerp_weight, delta, eps, exclude_self, need_grad);
 }
 
 template <class T> Tensor joint_entropy(const Tensor& probs, const Tensor& logs) {
@@ -135,9 +135,9 @@ template <class T>
 Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                       const OptionalTensor& probs, const OptionalTensor& logs, const OptionalTensor& entropy,
                       const Tensor& grad_a, const Tensor& grad_b, double threshold, int64_t kept, double edges, double weight, double delta,
-                      bool exclude_self, bool need_grad) {
+                      double eps, bool exclude_self, bool need_grad) {
   GraphInput<T> input{};
-  describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, exclude_self, need_grad);
+  describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, eps, exclude_self, need_grad);
   rank_by(input, probs, logs);
   if (entropy.has_value()) {  // of cpu_joint_entropy, which left room behind every row
     input.keep_all = false;
@@ -152,7 +152,7 @@ Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
 Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                           const OptionalTensor& probs_a, const OptionalTensor& log_probs_b,
                           const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b, double threshold,
-                          int64_t kept, double edges, double weight, double delta, bool exclude_self, bool need_grad) {
+                          int64_t kept, double edges, double weight, double delta, double eps, bool exclude_self, bool need_grad) {
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
   OptionalTensor p, l;
   if (!entropy.has_value() && probs_a.has_value()) {
@@ -161,25 +161,54 @@ Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teache
   }
   const auto run = type == ScalarType::Double ? relation_share<double> : relation_share<float>;
   return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, entropy, grad_a,
-             grad_b, threshold, kept, edges, weight, delta, exclude_self, need_grad);
+             grad_b, threshold, kept, edges, weight, delta, eps, exclude_self, need_grad);
 }
 
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+struct Settings {
+  double alpha, beta;
+  bool ce_real, ce_virtual;
+  const std::vector<int64_t>& ranks;
+  const std::vector<double>& lerp_weights;
+  bool keep_all;
+  double delta, eps;
+  bool complete;
+  double label_smoothing;
+  int64_t ignore_index;
+  bool need_grad;
+};
+
+template <class T> T* writable(const OptionalTensor& x) { return x.has_value() ? x->mutable_data_ptr<T>() : nullptr; }
+
 template <class T>
-Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
-                const Tensor& teacher_virtual, double alpha, double beta, const std::vector<int64_t>& ranks,
-                const std::vector<double>& lerp_weights, bool keep_all, double delta, bool complete, bool need_grad) {
+Five vrm_loss(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
+              const Tensor& teacher_virtual, const OptionalTensor& labels, const OptionalTensor& class_weight,
+              const Settings& settings) {
   const int64_t samples = student_real.size(0), classes = student_real.size(1);
-  const Tensor grad_real = zero_grad<T>(student_real, need_grad);
-  const Tensor grad_virtual = zero_grad<T>(student_virtual, need_grad);
-  OptionalTensor p_real, p_virtual, l_real, l_virtual;
-  if (!keep_all) {
-    p_real = softmax(student_real);
-    p_virtual = softmax(student_virtual);
-    l_virtual = log_of(*p_virtual, kEntropyEps);
-    if (complete) l_real = log_of(*p_real, kEntropyEps);
-  }
+  const bool complete = settings.complete, keep_all = settings.keep_all, need_grad = settings.need_grad;
+  const auto matrix = [&](bool wanted) {
+    return wanted ? OptionalTensor(empty_like<T>(student_real, {samples, classes})) : OptionalTensor();
+  };
+  const Tensor grad_real = need_grad ? *matrix(true) : empty_like<T>(student_real, {0});
+  const Tensor grad_virtual = need_grad ? *matrix(true) : empty_like<T>(student_real, {0});
+  // An edge's entropy takes P of its first vertex and log P' of its second.
+  const OptionalTensor p_real = matrix(!keep_all), p_virtual = matrix(!keep_all && complete);
+  const OptionalTensor l_real = matrix(!keep_all && complete), l_virtual = matrix(!keep_all);
+
+  SoftmaxInput<T> softmax{};
+  softmax.views[0] = {student_real.const_data_ptr<T>(), writable<T>(p_real), writable<T>(l_real),
+                      need_grad ? grad_real.mutable_data_ptr<T>() : nullptr, settings.ce_real};
+  softmax.views[1] = {student_virtual.const_data_ptr<T>(), writable<T>(p_virtual), writable<T>(l_virtual),
+                      need_grad ? grad_virtual.mutable_data_ptr<T>() : nullptr, settings.ce_virtual};
+  softmax.samples = samples, softmax.classes = classes;
+  if (labels.has_value() && labels->dim() == 1) softmax.labels = labels->const_data_ptr<int64_t>();
+  if (labels.has_value() && labels->dim() == 2) softmax.target = labels->const_data_ptr<T>();
+  if (class_weight.has_value()) softmax.weight = class_weight->const_data_ptr<T>();
+  softmax.label_smoothing = settings.label_smoothing, softmax.ignore_index = settings.ignore_index;
+
+  LossResult result;
+  if (complete) result = run_loss<T>(softmax, {});  // first, because both views' vertices are stacked from what it writes
   std::vector<Tensor> alive;
   std::vector<GraphInput<T>> inputs;
   for (int graph = 0; graph < 2; ++graph) {
@@ -205,8 +234,8 @@ Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const
       input.log_probs = side(complete ? *l_real : *l_virtual, *l_virtual, true);
     }
     input.exclude_self = complete, input.need_grad = need_grad;
-    input.rank = ranks[graph], input.lerp_weight = lerp_weights[graph];
-    input.delta = delta, input.weight = by_class ? beta : alpha;
+    input.rank = settings.ranks[graph], input.lerp_weight = settings.lerp_weights[graph];
+    input.delta = settings.delta, input.eps = settings.eps, input.weight = by_class ? settings.beta : settings.alpha;
     T *real = grad_real.mutable_data_ptr<T>(), *virtual_view = grad_virtual.mutable_data_ptr<T>();
     const int64_t vertex_stride = by_class ? 1 : classes, dim_stride = by_class ? classes : 1;
     input.grad_a = {real, virtual_view, vertices, vertex_stride, dim_stride};
@@ -214,25 +243,37 @@ Five vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const
     if (complete) input.grad_b = input.grad_a;
     inputs.push_back(input);
   }
-  const auto results = run_graphs<T>(inputs);
-  const Tensor terms = empty_like<T>(student_real, {2}), kept = empty_like<int64_t>(student_real, {2});
-  for (int graph = 0; graph < 2; ++graph) {
-    terms.mutable_data_ptr<T>()[graph] = static_cast<T>(results[graph].loss);
-    kept.mutable_data_ptr<int64_t>()[graph] = results[graph].kept;
+  if (complete) {
+    result.graphs = run_graphs<T>(inputs);
+  } else {
+    result = run_loss<T>(softmax, inputs);
   }
-  const double loss = alpha * results[0].loss + beta * results[1].loss;
+  const Tensor terms = empty_like<T>(student_real, {4}), kept = empty_like<int64_t>(student_real, {2});
+  double loss = 0;
+  for (int k = 0; k < 2; ++k) {
+    terms.mutable_data_ptr<T>()[k] = static_cast<T>(result.cross_entropies[k]);
+    terms.mutable_data_ptr<T>()[2 + k] = static_cast<T>(result.graphs[k].loss);
+    kept.mutable_data_ptr<int64_t>()[k] = result.graphs[k].kept;
+    loss += result.cross_entropies[k] + (k == 0 ? settings.alpha : settings.beta) * result.graphs[k].loss;
+  }
   return {scalar<T>(student_real, static_cast<T>(loss)), grad_real, grad_virtual, terms, kept};
 }
 
-Five cpu_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
-                    const Tensor& teacher_virtual, double alpha, double beta, const std::vector<int64_t>& ranks,
-                    const std::vector<double>& lerp_weights, bool keep_all, double delta, bool complete,
-                    bool need_grad) {
+Five cpu_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
+                  const Tensor& teacher_virtual, const OptionalTensor& labels, const OptionalTensor& class_weight,
+                  double alpha, double beta, bool ce_real, bool ce_virtual, const std::vector<int64_t>& ranks,
+                  const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps, bool complete,
+                  double label_smoothing, int64_t ignore_index, bool need_grad) {
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
   const auto given = [type](const Tensor& x) { return dense(convert(x, type)); };
-  const auto run = type == ScalarType::Double ? vrm_graphs<double> : vrm_graphs<float>;
-  return run(given(student_real), given(student_virtual), given(teacher_real), given(teacher_virtual), alpha, beta,
-             ranks, lerp_weights, keep_all, delta, complete, need_grad);
+  const auto run = type == ScalarType::Double ? vrm_loss<double> : vrm_loss<float>;
+  OptionalTensor dense_labels, dense_weight;
+  if (labels.has_value()) dense_labels = labels->dim() == 1 ? dense(*labels) : given(*labels);
+  if (class_weight.has_value()) dense_weight = given(*class_weight);
+  return run(given(student_real), given(student_virtual), given(teacher_real), given(teacher_virtual), dense_labels,
+             dense_weight,
+             {alpha, beta, ce_real, ce_virtual, ranks, lerp_weights, keep_all, delta, eps, complete, label_smoothing,
+              ignore_index, need_grad});
 }
 
 template <class T> void quantiles(const Tensor& x, const Tensor& below, const Tensor& weight, const Tensor& low,
@@ -278,18 +319,20 @@ std::vector<double> cpu_take_stage_seconds() {
 STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def(
       "cpu_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
-      "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad) "
+      "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad) "
       "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
   m.def(
-      "cpu_vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
-      "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
-      "bool need_grad) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
+      "cpu_vrm_loss(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
+      "Tensor? labels, Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, int[] ranks, "
+      "float[] lerp_weights, bool keep_all, float delta, float eps, bool complete, float label_smoothing, "
+      "int ignore_index, bool need_grad) "
+      "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
   m.def("cpu_joint_entropy(Tensor probs_a, Tensor log_probs_b) -> Tensor");
   m.def("cpu_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
   m.def(
       "cpu_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, "
       "Tensor? log_probs_b, Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, "
-      "float edges, float weight, float delta, bool exclude_self, bool need_grad) -> Tensor");
+      "float edges, float weight, float delta, float eps, bool exclude_self, bool need_grad) -> Tensor");
   m.def("cpu_quantile(Tensor x, Tensor below, Tensor weight) -> Tensor");
   // The instruction set that the kernels use; for tests: use "avx512", "avx2" or "portable", or "" for the best.
   m.def("cpu_isa() -> str");
@@ -300,7 +343,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CPU, m) {
   m.impl("cpu_relation_graph", TORCH_BOX(&vrm::cpu_relation_graph));
-  m.impl("cpu_vrm_graphs", TORCH_BOX(&vrm::cpu_vrm_graphs));
+  m.impl("cpu_vrm_loss", TORCH_BOX(&vrm::cpu_vrm_loss));
   m.impl("cpu_joint_entropy", TORCH_BOX(&vrm::cpu_joint_entropy));
   m.impl("cpu_count_digits", TORCH_BOX(&vrm::cpu_count_digits));
   m.impl("cpu_relation_share", TORCH_BOX(&vrm::cpu_relation_share));

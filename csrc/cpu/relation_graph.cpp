@@ -12,6 +12,7 @@
 #include "entropy.h"
 #include "runtime.h"
 #include "select.h"
+#include "softmax.h"
 #include "stages.h"
 #include "team.h"
 
@@ -251,8 +252,7 @@ template <class T> class GraphRun {
     const double exponent = std::round(0.5 * std::log2(ratio));
     const bool usable = exponent >= -most && exponent <= most;  // neither NaN nor a vanished student or teacher
     g_.student_scale = static_cast<T>(usable ? std::ldexp(1.0, static_cast<int>(exponent)) : 1.0);
-    g_.rule = {static_cast<T>(in_.delta), static_cast<T>(kRelationEps * static_cast<double>(g_.student_scale)),
-               static_cast<T>(kRelationEps)};
+    g_.rule = {static_cast<T>(in_.delta), static_cast<T>(in_.eps * static_cast<double>(g_.student_scale)), static_cast<T>(in_.eps)};
   }
 
   void pack(Team& team) {
@@ -429,7 +429,9 @@ template <class T> void run_phases(Team& team, GraphRun<T>& run, bool need_grad,
   if (need_grad && with_gradients) run.add_gradients(team);
 }
 
-template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs) {
+// `softmax`, if there is one, comes before the graphs, in the first one's parallel region.
+template <class T>
+std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs, SoftmaxRun<T>* softmax) {
   int64_t most = 0;
   for (const auto& input : inputs) most = std::max(most, input.rows * input.columns * input.dims);
   const int64_t threads = num_threads();
@@ -451,6 +453,7 @@ template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphIn
     std::vector<std::unique_ptr<GraphRun<T>>> runs(n);
     for (int64_t k = 0; k < n; ++k) runs[k] = std::make_unique<GraphRun<T>>(inputs[k], 1, *arenas[k]);
     Team::run(most <= kOneThread ? 1 : std::min(threads, n), [&](Team& team) {
+      if (softmax != nullptr) softmax->run(team);
       team.for_each(n, [&](int64_t k) {
         Team::run(1, [&](Team& alone) { run_phases(alone, *runs[k], inputs[k].need_grad, false); });
       });
@@ -462,10 +465,28 @@ template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphIn
   for (const auto& input : inputs) {  // one graph after the other, in the same memory
     (*arena).reset();
     GraphRun<T> run(input, threads, *arena);
-    Team::run(threads, [&](Team& team) { run_phases(team, run, input.need_grad, true); });
+    Team::run(threads, [&](Team& team) {
+      if (softmax != nullptr && &input == &inputs[0]) softmax->run(team);
+      run_phases(team, run, input.need_grad, true);
+    });
     finish(input, run, threads, true);
   }
   return results;
+}
+
+template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& graphs) {
+  return run_graphs<T>(graphs, nullptr);
+}
+
+template <class T> LossResult run_loss(const SoftmaxInput<T>& input, const std::vector<GraphInput<T>>& graphs) {
+  SoftmaxRun<T> softmax(input);
+  std::vector<GraphResult> results;
+  if (graphs.empty()) {
+    Team::run(input.samples * input.classes <= kOneThread ? 1 : num_threads(), [&](Team& team) { softmax.run(team); });
+  } else {
+    results = run_graphs<T>(graphs, &softmax);
+  }
+  return {{softmax.cross_entropy(0), softmax.cross_entropy(1)}, std::move(results)};
 }
 
 template <class T>
@@ -527,6 +548,8 @@ template <class T> T lerp(T low, T high, double weight) {
   return base + product;
 }
 
+template LossResult run_loss(const SoftmaxInput<float>&, const std::vector<GraphInput<float>>&);
+template LossResult run_loss(const SoftmaxInput<double>&, const std::vector<GraphInput<double>>&);
 template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<float>>&);
 template std::vector<GraphResult> run_graphs(const std::vector<GraphInput<double>>&);
 template void joint_entropy(Strided<float>, Strided<float>, int64_t, int64_t, int64_t, float*, int64_t);

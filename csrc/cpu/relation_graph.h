@@ -32,7 +32,7 @@ template <class T> struct GraphInput {
   int64_t kept;
   const T* entropy;  // H of the share, room for a whole register behind each row; or null
   int64_t entropy_stride;
-  double delta, weight;  // weight: of this graph's loss in the gradient
+  double delta, eps, weight;  // weight: of this graph's loss in the gradient
   GradTarget<T> grad_a, grad_b;
 };
 
@@ -41,8 +41,33 @@ struct GraphResult {
   int64_t kept;
 };
 
-// Adds to the gradient targets. All inputs must stay alive; nothing is modified but the targets.
-template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& inputs);
+// The softmax of both views and their cross-entropies, rows of `classes` elements without gaps.
+template <class T> struct SoftmaxInput {
+  struct View {
+    const T* logits;
+    T *probs, *log_probs, *grad;  // null: not wanted
+    bool cross_entropy;
+  };
+  View views[2];
+  int64_t samples, classes;
+  const int64_t* labels;  // class indices, ...
+  const T* target;        // ... or class probabilities, or neither
+  const T* weight;        // of the classes, or null
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+struct LossResult {
+  double cross_entropies[2];
+  std::vector<GraphResult> graphs;
+};
+
+// The softmaxes, then the graphs, if any, whose probs and log_probs may be the former's outputs. Gradients of cross-entropies are
+// written, those of graphs added. All inputs must stay alive; nothing is modified but the targets.
+template <class T> LossResult run_loss(const SoftmaxInput<T>& softmax, const std::vector<GraphInput<T>>& graphs);
+
+// The graphs alone.
+template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& graphs);
 
 // H of all edges into h, rows of `stride` elements, what run_graphs ranks by to the bit. h must hold whole panels: rows and
 // columns rounded up to kEntropyPad.

@@ -7,7 +7,8 @@
 
 namespace vrm {
 
-enum class Stage { center,
+enum class Stage { softmax,
+                   center,
                    pack,
                    entropy,
                    threshold,

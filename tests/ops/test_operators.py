@@ -11,7 +11,7 @@ from vrm_kernels.distributed import loss as distributed  # noqa: F401  registers
 
 PUBLIC = {"vrm_loss", "relation_graph", "vrm_loss_distributed"}  # the last in test_distributed.py
 CPP = {
-    "cpu_vrm_graphs",
+    "cpu_vrm_loss",
     "cpu_relation_graph",
     "cpu_quantile",
     "cpu_joint_entropy",
@@ -128,11 +128,12 @@ def cpp():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("complete", [False, True])
 @pytest.mark.parametrize("need_grad", [False, True])
-def test_opcheck_cpu_vrm_graphs(cpp, need_grad, complete, dtype):
+def test_opcheck_cpu_vrm_loss(cpp, need_grad, complete, dtype):
     logits = [x.t().contiguous().t() for x in make_logits(Case((6, 5)), dtype, 0)]
+    weight = torch.rand(5, dtype=compute_dtype(*logits))
     for keep_all in (False, True):
-        arguments = (2.0, 0.5, [9, 7], [0.5, 0.25], keep_all, 1.0, complete, need_grad)
-        torch.library.opcheck(cpp.cpu_vrm_graphs, (*logits, *arguments))
+        arguments = (2.0, 0.5, True, True, [9, 7], [0.5, 0.25], keep_all, 1.0, 1e-7, complete, 0.1, -100, need_grad)
+        torch.library.opcheck(cpp.cpu_vrm_loss, (*logits, make_labels(6, 5), weight, *arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,7 +141,7 @@ def test_opcheck_cpu_vrm_graphs(cpp, need_grad, complete, dtype):
 def test_opcheck_cpu_relation_graph(cpp, need_grad, dtype):
     a, b, teacher_a, teacher_b = make_logits(Case((6, 5)), dtype, 0)
     for probs in ((torch.rand(6, 4).softmax(1), torch.rand(4, 4).softmax(1)), (None, None)):
-        arguments = (7, 0.5, 1.0, False, need_grad)
+        arguments = (7, 0.5, 1.0, 1e-7, False, need_grad)
         torch.library.opcheck(cpp.cpu_relation_graph, (a, b[:4], teacher_a, teacher_b[:4], *probs, *arguments))
 
 
@@ -161,5 +162,16 @@ def test_opcheck_cpu_operators_of_a_share(cpp, dtype):
     for need_grad in (False, True):
         grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a.t(), b.t())]
         for ranked in ((p, q, None), (None, None, entropy), (None, None, None)):
-            arguments = (*(x.t() for x in (a, b, teacher_a, teacher_b)), *ranked, *grads, 1.5, 7, 25.0, 2.0, 1.0, False)
+            arguments = (
+                *(x.t() for x in (a, b, teacher_a, teacher_b)),
+                *ranked,
+                *grads,
+                1.5,
+                7,
+                25.0,
+                2.0,
+                1.0,
+                1e-7,
+                False,
+            )
             torch.library.opcheck(cpp.cpu_relation_share, (*arguments, need_grad))

@@ -20,7 +20,6 @@ from vrm_kernels.backends.contract import (
     empty_graph_result,
     empty_loss_result,
     threshold_ranks,
-    with_cross_entropies,
 )
 from vrm_kernels.graph import pruning
 
@@ -34,11 +33,11 @@ class CppBackend(Backend):
     def relation_graph(
         self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
     ) -> GraphResult:
-        percentile, delta, _, exclude_self = settings
+        percentile, delta, eps, exclude_self = settings
         dtype = compute_dtype(*sides)
         rank, weight = pruning.threshold_rank(percentile, len(sides.a), len(sides.b), exclude_self, dtype)
         p, q = (None, None) if probs is None else probs
-        return GraphResult(*_cpu.cpu_relation_graph(*sides, p, q, rank, weight, delta, exclude_self, need_grad))
+        return GraphResult(*_cpu.cpu_relation_graph(*sides, p, q, rank, weight, delta, eps, exclude_self, need_grad))
 
     def vrm_loss(
         self,
@@ -49,13 +48,13 @@ class CppBackend(Backend):
         need_grad: bool,
     ) -> LossResult:
         ranks, weights = threshold_ranks(views, settings)
-        relations = LossResult(
-            *_cpu.cpu_vrm_graphs(
-                *views, settings.alpha, settings.beta, ranks, weights, settings.percentile == 100, settings.delta,
-                settings.complete, need_grad,
+        alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, smoothing, ignored = settings
+        return LossResult(
+            *_cpu.cpu_vrm_loss(
+                *views, labels, class_weight, alpha, beta, ce_real, ce_virtual, ranks, weights,
+                percentile == 100, delta, eps, complete, smoothing, ignored, need_grad,
             )
         )  # fmt: skip
-        return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
     def entropy_of_logs(self, probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
         return _cpu.cpu_joint_entropy(probs_a, log_probs_b)
@@ -71,11 +70,11 @@ class CppBackend(Backend):
         settings: ShareSettings,
         grads: Sequence[Tensor],
     ) -> Tensor:
-        threshold, kept, edges, weight, delta, _, exclude_self = settings
+        threshold, kept, edges, weight, delta, eps, exclude_self = settings
         p, q = (None, None) if probs is None else probs
         grad_a, grad_b = grads or (sides.a.new_empty(0), sides.a.new_empty(0))
         return _cpu.cpu_relation_share(
-            *sides, p, q, entropy, grad_a, grad_b, float(threshold), int(kept), edges, weight, delta, exclude_self,
+            *sides, p, q, entropy, grad_a, grad_b, float(threshold), int(kept), edges, weight, delta, eps, exclude_self,
             bool(grads),
         )  # fmt: skip
 
@@ -85,14 +84,14 @@ def quantile(x, below, weight):
 
 
 @torch.library.register_fake("vrm_kernels::cpu_relation_graph")
-def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, exclude_self, need_grad):
+def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, eps, exclude_self, need_grad):
     return tuple(empty_graph_result(Sides(a, b, teacher_a, teacher_b), need_grad))
 
 
-@torch.library.register_fake("vrm_kernels::cpu_vrm_graphs")
-def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad):
-    result = empty_loss_result(Views(s, v, t, u), need_grad)
-    return *result[:3], result.terms[:2].clone(), result.kept
+@torch.library.register_fake("vrm_kernels::cpu_vrm_loss")
+def _(student_real, student_virtual, teacher_real, teacher_virtual, labels, class_weight, *settings):
+    views = Views(student_real, student_virtual, teacher_real, teacher_virtual)
+    return tuple(empty_loss_result(views, need_grad=settings[-1]))
 
 
 @torch.library.register_fake("vrm_kernels::cpu_joint_entropy")

@@ -1,0 +1,29 @@
+"""The relation's eps is a setting: the formula with it, on every backend, and what it does for a collapsed student."""
+
+import pytest
+import torch
+from helpers import FLOOR, MODES, Case, compare, evaluate, evaluate_relation, inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("relations", MODES)
+@pytest.mark.parametrize("eps", [1e-12, 1e-3, 0.5, 20.0])
+def test_the_formula_with_another_eps(backend, eps, relations, dtype):
+    logits = inputs(Case((33, 18), relations=relations), dtype)
+    for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
+        compare(backend, logits, FLOOR[dtype], alpha=alpha, beta=beta, eps=eps, relations=relations)
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.5])
+def test_one_graph_with_another_eps(backend, eps):
+    compare(backend, inputs(Case((13, 9)), torch.float32), FLOOR[torch.float32], run=evaluate_relation, eps=eps)
+
+
+def test_a_student_whose_logits_are_equal_gets_a_gradient_of_one_over_eps(any_backend):
+    _, _, *teacher = inputs(Case((17, 12)), torch.float64)
+    zeros = [torch.zeros(17, 12, dtype=torch.float64)] * 2
+    sizes = [
+        float(evaluate(any_backend, [*zeros, *teacher], eps=eps, unreliable_pruning_percentile=100.0).grads[0].norm())
+        for eps in (1e-7, 1e-2)
+    ]
+    assert sizes[0] / sizes[1] == pytest.approx(1e5, rel=1e-6) and sizes[1] < 1e3
