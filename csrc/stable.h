@@ -5,6 +5,7 @@
 #error "the build sets the oldest torch that the library must run beside"
 #endif
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

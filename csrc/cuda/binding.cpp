@@ -1,32 +1,50 @@
 // The operators of the `cuda` backend: tensors to the kernels' plain structures, on the current device and stream.
 
+#include "../stable.h"
 #include "relation_graphs.h"
-
-#include <ATen/ATen.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <cstddef>
 #include <tuple>
+#include <vector>
 
 #if defined(VRM_CUDA_SHIM)  // the tests run all of this on the host
 #define VRM_DISPATCH_KEY CPU
+#define VRM_ADDMM_OUT aoti_torch_cpu_addmm_out
 #else
 #define VRM_DISPATCH_KEY CUDA
+#define VRM_ADDMM_OUT aoti_torch_cuda_addmm_out
 #endif
+
+// Outside of the stable ABI, which has no product that adds to its result.
+extern "C" AOTITorchError VRM_ADDMM_OUT(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a,
+                                        AtenTensorHandle b, double beta, double alpha);
 
 namespace vrm {
 namespace cuda {
 namespace {
 
-using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-at::ScalarType compute_type(at::TensorList tensors) {
-  for (const Tensor& x : tensors)
-    if (x.scalar_type() == at::kDouble) return at::kDouble;
-  return at::kFloat;
-}
+#if defined(VRM_CUDA_SHIM)
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  cudaStream_t stream() const { return nullptr; }
+};
+#else
+class OnDevice {  // of a tensor, while this lives
+ public:
+  explicit OnDevice(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
+  cudaStream_t stream() const {
+    void* stream = nullptr;
+    check(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+
+ private:
+  int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
 
 // A matrix that the kernels may touch. The tests' emulation is told where it lies.
 template <class T, class V = std::remove_const_t<T>> Matrix<T> matrix_of(const Tensor& x, bool transposed) {
@@ -56,27 +74,31 @@ template <class V> const V* given_pointer(const Tensor& x) {
   return x.const_data_ptr<V>();
 }
 
-template <class T> Tensor view_of(const Matrix<const T>& x, int64_t rows, int64_t columns, const Tensor& like) {
-  return at::for_blob(const_cast<T*>(x.data), {rows, columns})
-      .strides({x.vertex_stride, x.dim_stride})
-      .target_device(like.device())
-      .options(like.options())
-      .make_tensor();
+template <class T>
+Tensor view_of(const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
+               const Tensor& like) {
+  return torch::stable::from_blob(const_cast<T*>(data), {rows, columns}, {row_stride, column_stride}, like.device(),
+                                  scalar_type_of<T>);
 }
 
 // torch's own product, which obeys torch's own switches (TF32), on the current stream.
 template <class T> Multiply<T> multiply_like(const Tensor& like) {
   return [like](const ProductArguments<T>& p) {
-    Tensor out = view_of<T>({p.out.data, p.out.vertex_stride, p.out.dim_stride}, p.m, p.n, like);
-    const Tensor a = view_of<T>(p.a, p.m, p.depth, like), b = view_of<T>(p.b, p.n, p.depth, like);
-    at::addmm_out(out, out, a, b.t(), p.accumulate ? 1 : 0, p.alpha);
+    const Tensor out = view_of(p.out.data, p.m, p.n, p.out.vertex_stride, p.out.dim_stride, like);
+    const Tensor a = view_of(p.a.data, p.m, p.depth, p.a.vertex_stride, p.a.dim_stride, like);
+    const Tensor b = view_of(p.b.data, p.depth, p.n, p.b.dim_stride, p.b.vertex_stride, like);
+    check(VRM_ADDMM_OUT(out.get(), out.get(), a.get(), b.get(), p.accumulate, p.alpha));
 #if defined(VRM_CUDA_SHIM)
     for (int64_t i = 0; i < p.m; ++i) shim::note_written(p.out.data + i * p.out.vertex_stride, p.n * sizeof(T));
 #endif
   };
 }
 
-Tuning tuning_of(c10::string_view form, int64_t tile_edge, int64_t stored_entropy_bytes) {
+void refuse(bool wrong, const std::string& why) {
+  if (wrong) throw std::invalid_argument(why);  // a ValueError in Python
+}
+
+Tuning tuning_of(const std::string& form, int64_t tile_edge, int64_t stored_entropy_bytes) {
   Tuning tuning{Form::automatic, tile_edge, stored_entropy_bytes};
   if (form == "one_launch")
     tuning.form = Form::one_launch;
@@ -85,18 +107,16 @@ Tuning tuning_of(c10::string_view form, int64_t tile_edge, int64_t stored_entrop
   else if (form == "tiles")
     tuning.form = Form::tiles;
   else
-    TORCH_CHECK_VALUE(form == "auto", "the form is 'auto', 'one_launch', 'launches' or 'tiles', not '", form, "'");
-  TORCH_CHECK_VALUE(tile_edge > 0, "the edge of a tile must be positive, not ", tile_edge);
+    refuse(form != "auto", "the form is 'auto', 'one_launch', 'launches' or 'tiles', not '" + form + "'");
+  refuse(tile_edge <= 0, "the edge of a tile must be positive, not " + std::to_string(tile_edge));
   return tuning;
 }
-
-cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 void note_initialised([[maybe_unused]] const Tensor& x) {
 #if defined(VRM_CUDA_SHIM)
   int64_t last = 0;
   for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
-  shim::note_written(x.const_data_ptr(), (last + 1) * static_cast<int64_t>(x.itemsize()));
+  shim::note_written(x.const_data_ptr(), (last + 1) * static_cast<int64_t>(x.element_size()));
 #endif
 }
 
@@ -107,9 +127,11 @@ void end_emulation() {
 }
 
 template <class T> void compute(Problem<T>& problem, const Tuning& tuning, const Tensor& like) {
-  const Tensor memory = at::empty({plan(problem, tuning, nullptr)}, like.options().dtype(at::kByte));
-  plan(problem, tuning, reinterpret_cast<char*>(memory.mutable_data_ptr<uint8_t>()));
-  run(problem, tuning, multiply_like<T>(like), current_stream());
+  const OnDevice device(like);
+  const int64_t bytes = plan(problem, tuning, nullptr), unit = sizeof(int64_t);
+  const Tensor memory = empty_like<int64_t>(like, {(bytes + unit - 1) / unit});
+  plan(problem, tuning, reinterpret_cast<char*>(memory.mutable_data_ptr<int64_t>()));
+  run(problem, tuning, multiply_like<T>(like), device.stream());
   end_emulation();
 }
 
@@ -122,33 +144,33 @@ template <class T> void set_sizes(Graph<T>& g, int64_t rows, int64_t columns, in
   g.edges = rows * columns - (exclude_self ? rows : 0);
 }
 
-Tensor empty_grad(const Tensor& x, bool needed) {
-  return needed ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+template <class T> Tensor empty_grad(const Tensor& x, bool needed) {
+  return needed ? empty_like<T>(x, {x.size(0), x.size(1)}) : empty_like<T>(x, {0});
 }
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
-                                       const Tensor& teacher_b, const Tensor& probs, const Tensor& log_probs,
+                                       const Tensor& teacher_b, const OptionalTensor& probs, const OptionalTensor& logs,
                                        int64_t rank, double lerp_weight, double delta, bool exclude_self,
                                        bool need_grad, const Tuning& tuning) {
-  const Tensor grad_a = empty_grad(a, need_grad), grad_b = empty_grad(b, need_grad);
-  const Tensor loss = at::empty({}, a.options()), kept = at::empty({}, a.options().dtype(at::kLong));
+  const Tensor grad_a = empty_grad<T>(a, need_grad), grad_b = empty_grad<T>(b, need_grad);
+  const Tensor loss = empty_like<T>(a, {}), kept = empty_like<int64_t>(a, {});
   Problem<T> problem{};
   problem.graphs = 1;
   Graph<T>& g = problem.graph[0];
   set_sizes(g, a.size(0), b.size(0), a.size(1), exclude_self);
-  const auto side = [&](Side<T>& s, const Tensor& student, const Tensor& teacher, const Tensor& factor,
+  const auto side = [&](Side<T>& s, const Tensor& student, const Tensor& teacher, const OptionalTensor& factor,
                         const Tensor& grad) {
     s.student = {matrix_of<const T>(student, false), {}, s.count};
     s.teacher = {matrix_of<const T>(teacher, false), {}, s.count};
-    if (factor.defined()) s.factor = {matrix_of<const T>(factor, false), {}, s.count};
+    if (factor.has_value()) s.factor = {matrix_of<const T>(*factor, false), {}, s.count};
     if (need_grad) s.out = {matrix_of<T>(grad, false), {}, s.count};
   };
   side(g.a, a, teacher_a, probs, grad_a);
-  side(g.b, b, teacher_b, log_probs, grad_b);
-  g.keep_all = !probs.defined() || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
-  g.depth = g.keep_all ? 0 : probs.size(1);
+  side(g.b, b, teacher_b, logs, grad_b);
+  g.keep_all = !probs.has_value() || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
+  g.depth = g.keep_all ? 0 : probs->size(1);
   g.need_grad = need_grad;
   g.rank = rank, g.lerp_weight = lerp_weight;
   g.weight = 1, g.delta = static_cast<T>(delta);
@@ -159,19 +181,18 @@ template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const T
 }
 
 Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                         const std::optional<Tensor>& probs_a, const std::optional<Tensor>& probs_b, int64_t rank,
-                         double lerp_weight, double delta, bool exclude_self, bool need_grad, c10::string_view form,
+                         const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank,
+                         double lerp_weight, double delta, bool exclude_self, bool need_grad, const std::string& form,
                          int64_t tile_edge, int64_t stored_entropy_bytes) {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::cuda::CUDAGuard device(a.device());
-  const auto type = compute_type({a, b, teacher_a, teacher_b});
-  Tensor p, l;
+  const OnDevice device(a);
+  const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
+  OptionalTensor p, l;
   if (probs_a.has_value()) {
-    p = probs_a->to(type);
-    l = at::add(probs_b->to(type), kEntropyEps).log_();
+    p = convert(*probs_a, type);
+    l = log_of(convert(*probs_b, type), kEntropyEps);
   }
-  const auto graph = type == at::kDouble ? relation_graph<double> : relation_graph<float>;
-  return graph(a.to(type), b.to(type), teacher_a.to(type), teacher_b.to(type), p, l, rank, lerp_weight, delta,
+  const auto graph = type == ScalarType::Double ? relation_graph<double> : relation_graph<float>;
+  return graph(convert(a, type), convert(b, type), convert(teacher_a, type), convert(teacher_b, type), p, l, rank, lerp_weight, delta,
                exclude_self, need_grad, tuning_of(form, tile_edge, stored_entropy_bytes));
 }
 
@@ -181,38 +202,48 @@ Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher
 template <class T> Tensor count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
   int pass = 0;
   while (pass + 1 < kPasses<T> && digit_shift<T>(pass) != shift) ++pass;
-  TORCH_CHECK_VALUE(digit_shift<T>(pass) == shift && digit_bits<T>(pass) == bits && prefixes.numel() == 2,
-                    "no pass of a selection of ", x.scalar_type(), " counts ", bits, " bits from bit ", shift,
-                    " on behind ", prefixes.numel(), " prefixes");
+  refuse(digit_shift<T>(pass) != shift || digit_bits<T>(pass) != bits || prefixes.numel() != 2,
+         "no pass of a selection of float" + std::to_string(8 * sizeof(T)) + " counts " + std::to_string(bits) +
+             " bits from bit " + std::to_string(shift) + " on behind " + std::to_string(prefixes.numel()) + " prefixes");
   static_assert(sizeof(Status<T>) % sizeof(int64_t) == 0, "a tensor of integers");
-  const Tensor status = at::zeros({sizeof(Status<T>) / sizeof(int64_t)}, prefixes.options());
+  Tensor status = empty_like<int64_t>(prefixes, {sizeof(Status<T>) / sizeof(int64_t)});
+  check(aoti_torch_zero_(status.get()));
   if (pass > 0) {  // the kernel's keys are unsigned: as many more as there are negative ones
-    const int64_t half = int64_t{1} << (8 * sizeof(T) - shift - bits - 1);
-    status.narrow(0, offsetof(Status<T>, prefix) / sizeof(int64_t), 2).copy_(prefixes + half);
+    const double half = static_cast<double>(int64_t{1} << (8 * sizeof(T) - shift - bits - 1));
+    const auto integer = [](double value) { return torch::stable::full({}, value, ScalarType::Long); };
+    const Tensor high_bits = aten("aten::bitwise_and", "Tensor", prefixes, integer(-2 * half));
+    const Tensor low_bits = aten("aten::bitwise_xor", "Tensor", prefixes, high_bits);
+    Tensor place = torch::stable::narrow(status, 0, offsetof(Status<T>, prefix) / sizeof(int64_t), 2);
+    torch::stable::copy_(place, aten("aten::bitwise_xor", "Tensor", low_bits, integer(half)));
   }
   auto* at = reinterpret_cast<Status<T>*>(pointer_of<int64_t>(status));
   note_initialised(status);
   const Matrix<const T> entropy = matrix_of<const T>(x, false);
-  count_entropies(at, pass, entropy.data, x.size(0), x.size(1), entropy.vertex_stride, current_stream());
+  const OnDevice device(x);
+  count_entropies(at, pass, entropy.data, x.size(0), x.size(1), entropy.vertex_stride, device.stream());
   end_emulation();
-  const Tensor counts = status.narrow(0, pass * 2 * kBins, 2 * kBins).view({2, kBins}).narrow(1, 0, int64_t{1} << bits);
-  if (pass == 0) return counts[0].repeat({2, 1});
+  Tensor counts = torch::stable::narrow(status, 0, pass * 2 * kBins, 2 * kBins);
+  counts = torch::stable::view(counts, {2, kBins});
+  counts = torch::stable::narrow(counts, 1, 0, int64_t{1} << bits);
+  const Tensor first = torch::stable::select(counts, 0, 0);
+  if (pass == 0) return aten("aten::repeat", "", first, std::vector<int64_t>{2, 1});
   // Equal prefixes were counted once.
-  return at::where(prefixes[0] == prefixes[1], counts[0], counts);
+  const auto prefix = [&](int64_t which) { return torch::stable::select(prefixes, 0, which); };
+  return aten("aten::where", "self", aten("aten::eq", "Tensor", prefix(0), prefix(1)), first, counts);
 }
 
 Tensor cuda_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
-  const c10::cuda::CUDAGuard device(x.device());
-  return (x.scalar_type() == at::kDouble ? count_digits<double> : count_digits<float>)(x, prefixes, shift, bits);
+  const OnDevice device(x);
+  return (x.scalar_type() == ScalarType::Double ? count_digits<double> : count_digits<float>)(x, prefixes, shift, bits);
 }
 
 // The caller's gradients are added to: those of many shares end in one matrix.
 template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
-                                         const Tensor& teacher_b, const Tensor& entropy, const Tensor& threshold,
+                                         const Tensor& teacher_b, const OptionalTensor& entropy, const Tensor& threshold,
                                          const Tensor& kept, double weight, double delta, bool exclude_self,
                                          bool need_grad, const Tensor& grad_a, const Tensor& grad_b,
                                          const Tuning& tuning) {
-  const Tensor loss = at::empty({}, a.options()), count = at::empty({}, kept.options());
+  const Tensor loss = empty_like<T>(a, {}), count = empty_like<int64_t>(a, {});
   Problem<T> problem{};
   problem.graphs = 1;
   Graph<T>& g = problem.graph[0];
@@ -226,7 +257,7 @@ template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const
   };
   side(g.a, a, teacher_a, grad_a);
   side(g.b, b, teacher_b, grad_b);
-  g.keep_all = !entropy.defined();
+  g.keep_all = !entropy.has_value();
   g.need_grad = need_grad;
   g.add_out = true;
   g.weight = weight, g.delta = static_cast<T>(delta);
@@ -234,7 +265,7 @@ template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const
   g.threshold = given_pointer<T>(threshold);
   g.kept = given_pointer<int64_t>(kept);
   if (!g.keep_all) {
-    const Matrix<const T> given = matrix_of<const T>(entropy, false);
+    const Matrix<const T> given = matrix_of<const T>(*entropy, false);
     g.entropy = const_cast<T*>(given.data), g.entropy_ld = given.vertex_stride;
   }
   g.loss_out = pointer_of<T>(loss);
@@ -244,13 +275,12 @@ template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const
 }
 
 Tensor cuda_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                           const std::optional<Tensor>& entropy, const Tensor& grad_a, const Tensor& grad_b,
+                           const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b,
                            const Tensor& threshold, const Tensor& kept, double weight, double delta, bool exclude_self,
                            bool need_grad, int64_t tile_edge) {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::cuda::CUDAGuard device(a.device());
-  const auto share = a.scalar_type() == at::kDouble ? relation_share<double> : relation_share<float>;
-  return share(a, b, teacher_a, teacher_b, entropy.value_or(Tensor()), threshold, kept, weight, delta, exclude_self,
+  const OnDevice device(a);
+  const auto share = a.scalar_type() == ScalarType::Double ? relation_share<double> : relation_share<float>;
+  return share(a, b, teacher_a, teacher_b, entropy, threshold, kept, weight, delta, exclude_self,
                need_grad, grad_a, grad_b, tuning_of("tiles", tile_edge, 0));
 }
 
@@ -266,13 +296,12 @@ template <class T> Stacked<T> stacked(const Tensor (&views)[2], int view, bool c
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T> Five vrm_graphs(const Tensor (&student)[2], const Tensor (&teacher)[2], double alpha, double beta,
-                                   at::IntArrayRef ranks, at::ArrayRef<double> lerp_weights, bool keep_all,
+                                   const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights, bool keep_all,
                                    double delta, bool complete, bool need_grad, const Tuning& tuning) {
   const int64_t samples = student[0].size(0), classes = student[0].size(1);
-  const Tensor grads[2] = {empty_grad(student[0], need_grad), empty_grad(student[1], need_grad)};
-  const auto options = student[0].options();
-  const Tensor loss = at::empty({}, options), terms = at::empty({2}, options);
-  const Tensor kept = at::empty({2}, options.dtype(at::kLong));
+  const Tensor grads[2] = {empty_grad<T>(student[0], need_grad), empty_grad<T>(student[1], need_grad)};
+  const Tensor loss = empty_like<T>(student[0], {}), terms = empty_like<T>(student[0], {2});
+  const Tensor kept = empty_like<int64_t>(student[0], {2});
   Problem<T> problem{};
   problem.graphs = 2;
   problem.total_out = pointer_of<T>(loss);
@@ -309,29 +338,30 @@ template <class T> Five vrm_graphs(const Tensor (&student)[2], const Tensor (&te
 }
 
 Five cuda_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
-                     const Tensor& teacher_virtual, double alpha, double beta, at::IntArrayRef ranks,
-                     at::ArrayRef<double> lerp_weights, bool keep_all, double delta, bool complete, bool need_grad,
-                     c10::string_view form, int64_t tile_edge, int64_t stored_entropy_bytes) {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::cuda::CUDAGuard device(student_real.device());
-  const auto type = compute_type({student_real, student_virtual, teacher_real, teacher_virtual});
-  const Tensor student[2] = {student_real.to(type), student_virtual.to(type)};
-  const Tensor teacher[2] = {teacher_real.to(type), teacher_virtual.to(type)};
-  const auto graphs = type == at::kDouble ? vrm_graphs<double> : vrm_graphs<float>;
+                     const Tensor& teacher_virtual, double alpha, double beta, const std::vector<int64_t>& ranks,
+                     const std::vector<double>& lerp_weights, bool keep_all, double delta, bool complete, bool need_grad,
+                     const std::string& form, int64_t tile_edge, int64_t stored_entropy_bytes) {
+  const OnDevice device(student_real);
+  const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
+  const Tensor student[2] = {convert(student_real, type), convert(student_virtual, type)};
+  const Tensor teacher[2] = {convert(teacher_real, type), convert(teacher_virtual, type)};
+  const auto graphs = type == ScalarType::Double ? vrm_graphs<double> : vrm_graphs<float>;
   return graphs(student, teacher, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad,
                 tuning_of(form, tile_edge, stored_entropy_bytes));
+}
+
+std::string cuda_refusal() {
+  const char* why = refusal();
+  return why == nullptr ? "" : why;
 }
 
 }  // namespace
 }  // namespace cuda
 }  // namespace vrm
 
-TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   // Why the current device cannot run the kernels; empty: it can.
-  m.def("cuda_refusal() -> str", [] {
-    const char* why = vrm::cuda::refusal();
-    return std::string(why == nullptr ? "" : why);
-  });
+  m.def("cuda_refusal() -> str");
   m.def(
       "cuda_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
       "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad, str form, int tile_edge, "
@@ -348,9 +378,13 @@ TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "int tile_edge) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
-  m.impl("cuda_relation_graph", vrm::cuda::cuda_relation_graph);
-  m.impl("cuda_vrm_graphs", vrm::cuda::cuda_vrm_graphs);
-  m.impl("cuda_count_digits", vrm::cuda::cuda_count_digits);
-  m.impl("cuda_relation_share", vrm::cuda::cuda_relation_share);
+STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
+  m.impl("cuda_relation_graph", TORCH_BOX(&vrm::cuda::cuda_relation_graph));
+  m.impl("cuda_vrm_graphs", TORCH_BOX(&vrm::cuda::cuda_vrm_graphs));
+  m.impl("cuda_count_digits", TORCH_BOX(&vrm::cuda::cuda_count_digits));
+  m.impl("cuda_relation_share", TORCH_BOX(&vrm::cuda::cuda_relation_share));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_refusal", TORCH_BOX(&vrm::cuda::cuda_refusal));
 }

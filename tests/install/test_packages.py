@@ -140,3 +140,13 @@ def test_a_tree_that_cannot_be_written_to(tmp_path):
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", out, tree)
     source_tree.run(*without, *pip, cwd=out, VRM_KERNELS_NO_EXTENSION="1")
     assert len(list(out.glob("*.whl"))) == 1
+
+
+def test_make_finds_the_torch_of_an_environment(tmp_path):
+    """With an empty TORCH: an activated virtual environment's, which is not among the system's packages."""
+    tree = source_tree.copy(tmp_path / "tree")
+    source_tree.run("make", ".venv/bin/python", "TORCH=", f"PYTHON={sys.executable}", cwd=tree)
+    found = source_tree.run(
+        tree / ".venv" / "bin" / "python", "-c", "import torch; print(torch.__file__)", cwd=tmp_path
+    )
+    assert found.stdout.strip() == torch.__file__

@@ -37,11 +37,10 @@ KERNEL = ["-std=c++17", "-fsanitize=thread", "-x", "c++"]  # for the calls befor
 
 def _units(folder: Path) -> list[tuple[Path, list[str]]]:
     includes = [f"-isystem{path}" for path in (*cpp_extension.include_paths(), sysconfig.get_path("include"))]
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
-    module = ["-DVRM_MODULE=_cuda", "-DVRM_BACKEND=cuda", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", f"-I{folder}"]
+    stable = ["-std=c++20", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", *includes]
     return [
-        (ROOT / "csrc" / "module.cpp", ["-std=c++20", *module, *includes]),
-        (CUDA / "binding.cpp", ["-std=c++20", abi, *includes]),
+        (ROOT / "csrc" / "module.cpp", ["-DVRM_MODULE=_cuda", "-DVRM_BACKEND=cuda", f"-I{folder}", *stable]),
+        (CUDA / "binding.cpp", stable),
         (CUDA / "relation_graphs.cu", KERNEL),
         (SHIM / "planted.cu", KERNEL),
         (SHIM / "shim.cpp", ["-std=c++17"]),

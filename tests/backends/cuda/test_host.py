@@ -411,7 +411,7 @@ def test_opcheck_operators_of_a_share(module, dtype):
 
 
 def test_digits_that_no_pass_counts_are_refused(module):
-    with pytest.raises(ValueError, match="no pass of a selection of Float counts 11 bits from bit 20"):
+    with pytest.raises(ValueError, match="no pass of a selection of float32 counts 11 bits from bit 20"):
         module.count_digits(torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), 20, 11)
 
 
