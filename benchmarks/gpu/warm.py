@@ -10,15 +10,18 @@ from multiprocessing import get_context
 
 import torch
 
+# Shapes of tests/backends/triton/test_device.py: of the regimes for small and large graphs, and ragged ones.
 SMALL, LARGE = (64, 100), (700, 450)
+RAGGED = ((1, 1), (7, 3), (67, 101), (129, 33))
+FLOAT64 = (67, 101)  # whose kernels take seconds to compile: one shape
 # Those that take longest first.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 CALLS = [
     (dtype, shape, relations, percentile)
     for dtype, shape, relations, percentile in itertools.product(
-        DTYPES, (LARGE, SMALL), ("inter_view", "complete"), (30.0, 100.0)
+        DTYPES, (LARGE, SMALL, *RAGGED), ("complete", "inter_view"), (30.0, 100.0)
     )
-    if dtype != "float64" or shape == SMALL
+    if dtype != "float64" or shape == FLOAT64
 ]
 
 

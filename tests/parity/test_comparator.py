@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import beyond_rounding
 from helpers import (
     FLOOR,
     Case,
@@ -107,3 +108,14 @@ def test_a_backend_that_is_wrong_by_a_ten_thousandth_fails(backend, output, monk
     monkeypatch.setattr(chosen, "vrm_loss", wrong)
     with pytest.raises(AssertionError, match="relative error|kept"):
         assert_parity(backend, CASE)
+
+
+def test_gradients_too_small_for_their_dtype_are_compared_in_its_spacing():
+    """float16 has numbers 6e-8 apart near zero: of gradients of 1e-6 it keeps a digit, and that is no fault."""
+    oracle = 1e-6 * torch.randn(100, 100, dtype=torch.float64)
+    half = oracle.half()
+    assert relative_error(half, oracle) > 1e-2 and beyond_rounding(half, oracle) < 1e-9
+    assert (
+        beyond_rounding(half + torch.finfo(torch.float16).smallest_normal / 1024, oracle) > 1e-2
+    )  # one number further
+    assert beyond_rounding(1.01 * oracle, oracle) == pytest.approx(0.01, rel=1e-3)

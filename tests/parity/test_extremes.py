@@ -71,10 +71,9 @@ def test_parity_with_duplicated_rows(backend, kind, relations, percentile, dtype
 
 
 @FLOATS
-@BOTH_MODES
-@pytest.mark.parametrize("scale", [1e4, 1e-4])
+@pytest.mark.parametrize(("scale", "relations"), [(1e4, "complete"), (1e-4, "inter_view")])
 def test_parity_of_huge_and_tiny_logits_unpruned(backend, scale, relations, dtype):
-    assert_parity(backend, Case((37, 61), scale=scale, relations=relations, percentile=100.0), dtype)
+    assert_parity(backend, Case((37, 41), scale=scale, relations=relations, percentile=100.0), dtype)
 
 
 @FLOATS

@@ -101,7 +101,11 @@ def check_shares(
         alone = exclude_self and percentile == 100
         settings = ShareSettings(threshold, count, edges, weight, delta, RELATION_EPS, alone)
         loss = chosen.relation_share(share, None, own_entropy, settings, into)
-        assert torch.equal(loss, chosen.relation_share(share, None, own_entropy, settings, ()))
+        # Without gradients it may be another program, which a GPU's compiler fuses in another way.
+        roundings = 0.0 if device == "cpu" else 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            chosen.relation_share(share, None, own_entropy, settings, ()), loss, rtol=roundings, atol=0.0
+        )
         total += loss
         if exclude_self:
             grads[0][own] += into[0]
@@ -110,7 +114,11 @@ def check_shares(
     for name, got, wanted in zip(("loss", "grad a", "grad b"), (total, *(x - before for x in grads)), expected,
                                  strict=True):  # fmt: skip
         error = float((got.cpu() - wanted).norm() / wanted.norm())
-        assert error <= 5 * TOLERANCE[dtype], (name, error)
+        # A gradient that was added to one is rounded as one is.
+        rounded = (
+            torch.finfo(dtype).eps * before * wanted.numel() ** 0.5 / float(wanted.norm()) if name != "loss" else 0
+        )
+        assert error <= 5 * TOLERANCE[dtype] + rounded, (name, error)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from device import kernels_of, on_cpu
 from helpers import (
     FLOOR,
     MODES,
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 FORMS = {"one_launch": ("one_launch", 2048, 0), "launches": ("launches", 2048, 0), "tiles": ("tiles", 64, 0)}
+LIBRARY = ("gemm", "cutlass", "xmma", "nvjet")  # in the names of its products
 CASES = [
     Case((1, 1)),
     Case((3, 5), relations="complete"),
@@ -55,8 +57,14 @@ def on_device(logits):
     return [x.cuda() for x in logits]
 
 
-def to_host(result):
-    return result._replace(loss=result.loss.cpu(), grads=tuple(grad.cpu() for grad in result.grads))
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_what_it_is_named(form):
+    batch = on_device(make_logits(Case((64, 60)), torch.float32, seed=0))
+    names = kernels_of(lambda: call(batch, form))
+    ran = {kind: any(kind in name for name in names) for kind in ("one_launch_kernel", "step_kernel")}
+    assert ran == {"one_launch_kernel": form == "one_launch", "step_kernel": form != "one_launch"}, names
+    products = [name for name in names if any(word in name.lower() for word in LIBRARY)]
+    assert bool(products) == (form == "tiles"), names
 
 
 @BOTH_FLOATS
@@ -68,7 +76,7 @@ def test_parity_on_the_device(cuda, monkeypatch, case, form, dtype):
     for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
         oracle, eager, uncancelled = expected_of(case, dtype, alpha, beta)
         result = evaluate("cuda", on_device(inputs(case, dtype)), alpha=alpha, beta=beta, **settings_of(case))
-        assert_close(to_host(result), oracle, eager, floors[dtype], uncancelled)
+        assert_close(on_cpu(result), oracle, eager, floors[dtype], uncancelled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -76,7 +84,7 @@ def test_half_precision_logits(dtype):
     case = Case((37, 61), seed=500)
     oracle, eager, uncancelled = expected_of(case, dtype, 1.0, 0.0)
     result = evaluate("cuda", on_device(inputs(case, dtype)), alpha=1.0, beta=0.0, **settings_of(case))
-    assert_close(to_host(result), oracle, eager, FLOOR[dtype], uncancelled)
+    assert_close(on_cpu(result), oracle, eager, FLOOR[dtype], uncancelled)
 
 
 @pytest.mark.parametrize("form", FORMS)

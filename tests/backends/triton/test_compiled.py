@@ -85,6 +85,7 @@ def assert_complete(names, target: str) -> None:
     assert {name.removesuffix("_kernel") for name in names} == kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_within_the_devices_limits(target, tmp_path):
     rows = run(tmp_path, LIMITS, target=target)
@@ -98,6 +99,7 @@ def test_compiles_within_the_devices_limits(target, tmp_path):
         assert not faults, f"{label} on {target}: {faults}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_the_oldest_triton_makes_no_fault_of_them(target, tmp_path):
     rows = run(tmp_path, FAULTS, OLDEST, target=target, oldest=OLDEST)

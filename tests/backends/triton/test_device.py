@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from device import beyond_rounding, kernels_of, on_cpu
 from helpers import (
     DTYPES,
     FLOOR,
@@ -21,11 +22,11 @@ from share_checks import check_group_on_a_gpu, check_shares_on_a_gpu
 
 import vrm_kernels
 import vrm_kernels.functional as VF
+from benchmarks.gpu.warm import FLOAT64, LARGE, RAGGED, SMALL
 from vrm_kernels import backends
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-SMALL, LARGE = (64, 100), (700, 450)  # the first in the small regime, the second in the large one
 SHAPES = pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
 
 
@@ -46,17 +47,28 @@ def agree(x, y, shape):
     return torch.equal(x, y) if shape == SMALL else relative_error(x, y) < 1e-5
 
 
-def to_cpu(result):
-    return result._replace(loss=result.loss.cpu(), grads=tuple(g.cpu() for g in result.grads))
+def test_the_backend_is_usable():
+    assert backends.resolve("triton", torch.device("cuda")) == "triton", backends.describe()
 
 
-def test_the_backend_is_usable_and_automatic():
-    assert backends.resolve("auto", torch.device("cuda")) == "triton", backends.describe()
+def test_each_shape_takes_its_regime():
+    """What the tests below say of regimes is said of these kernels."""
+    for shape, dtype, own in (
+        (SMALL, torch.float32, True),
+        (LARGE, torch.float32, False),
+        (FLOAT64, torch.float64, False),
+    ):
+        logits = fresh(shape, 0, dtype)
+        names = kernels_of(lambda logits=logits: evaluate("triton", logits))
+        assert ("edges_kernel" in names) == own and ("epilogue_kernel" in names) != own, names
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("relations", MODES)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (67, 101), (129, 33)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [(shape, dtype) for dtype in DTYPES for shape in RAGGED if dtype != torch.float64 or shape == FLOAT64],
+    ids=str,
+)
 def test_parity_with_the_reference_on_the_cpu(shape, relations, dtype):
     for kind, percentile in (("random", 30.0), ("opposite", 100.0), ("converged:1e-2", 100.0)):
         if shape == (1, 1) and kind != "random":
@@ -65,7 +77,7 @@ def test_parity_with_the_reference_on_the_cpu(shape, relations, dtype):
         floors = NEAR_CONVERGENCE_FLOOR if kind.startswith("converged") else FLOOR
         for alpha, beta in ((1.0, 0.0), (0.0, 1.0)):
             oracle, eager, uncancelled = expected_of(case, dtype, alpha, beta)
-            result = to_cpu(evaluate("triton", on_gpu(case, dtype), alpha=alpha, beta=beta, **settings_of(case)))
+            result = on_cpu(evaluate("triton", on_gpu(case, dtype), alpha=alpha, beta=beta, **settings_of(case)))
             assert_close(result, oracle, eager, floors[dtype], uncancelled)
 
 
@@ -77,9 +89,10 @@ def test_the_large_regime_follows_the_torch_backend_in_float64(dtype):
         settings = {"relations": relations, "unreliable_pruning_percentile": percentile}
         oracle = evaluate("torch", [x.double() for x in logits], **settings)
         result = evaluate("triton", logits, **settings)
-        found = errors(result, oracle)
-        assert found["loss"] < 1e-4
-        assert max(found["grad 0"], found["grad 1"]) < {torch.float32: 1e-3, torch.float16: 1e-3}.get(dtype, 5e-3)
+        assert errors(result, oracle)["loss"] < 1e-4
+        # At these sizes a gradient is 1e-5: float16 keeps one digit or two of it.
+        bound = 5e-3 if dtype == torch.bfloat16 else 1e-3
+        assert max(map(beyond_rounding, result.grads, oracle.grads)) < bound
         assert all(abs(x - y) <= 4 for x, y in zip(result.kept, oracle.kept, strict=True))
 
 

@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 GROUPS = {"small": "small", "large": "large", "both": "not small and not large"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_parity_under_the_interpreter(group):
     command = [
