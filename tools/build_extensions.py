@@ -38,7 +38,8 @@ FLAGS = [
     "-Wall",
     "-Wno-psabi",  # vectors are passed between inlined functions only
     "-Wno-ignored-attributes",  # alignment of a vector type as a template argument, which is given back on every load
-    "-Wno-maybe-uninitialized",  # of GCC 12's own headers of intrinsics
+    "-Wno-maybe-uninitialized",  # of GCC 12's own headers of intrinsics ...
+    "-Wno-unknown-warning-option",  # ... which Clang does not know
     "-fvisibility=hidden",
     # Neither changes a value: sqrt need not set errno, and floating exceptions are not trapped. Without them the
     # compiler keeps the square roots and the selections of the edge loop scalar.
