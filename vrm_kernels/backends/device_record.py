@@ -1,6 +1,6 @@
 """What has been run on a device: device_record.json beside this file, which ``make gpu-check`` writes.
 
-An entry holds a hash of the kernels that were run, so that it says of itself when they have changed.
+An entry holds a hash of the kernels that ran, so that it shows when they have changed.
 """
 
 import functools
@@ -29,7 +29,7 @@ def sources(backend: str) -> str:
 
 
 def entry(backend: str, result: str, commit: str) -> dict[str, str]:
-    """Of the device that is current and the versions that are installed; ``result`` is "right", or says what is not."""
+    """An entry for the current device and the installed versions; ``result`` is "right", or says what is wrong."""
     triton = __import__("triton").__version__ if backend == "triton" else ""
     return {
         "backend": backend,
@@ -44,7 +44,7 @@ def entry(backend: str, result: str, commit: str) -> dict[str, str]:
 
 
 def write(new: dict[str, str]) -> None:
-    """In the place of what the same backend did on the same device before."""
+    """Replaces the entry of the same backend on the same device."""
     same = ("backend", "device")
     kept = [old for old in read() if any(old[name] != new[name] for name in same)]
     PATH.write_text(json.dumps(sorted([*kept, new], key=lambda x: [x[name] for name in same]), indent=1) + "\n")
@@ -56,7 +56,8 @@ def read() -> list[dict[str, str]]:
 
 @functools.cache
 def note(backend: str) -> str:
-    """For :func:`vrm_kernels.backends.describe`: on what the backend has been run, and how that ended."""
+    """What :func:`vrm_kernels.backends.describe` says: on which devices the backend has run, and whether it was
+    right."""
     said = []
     for old in read():
         if old["backend"] == backend:

@@ -35,7 +35,7 @@ def relations(a: Tensor, b: Tensor, eps: float, exclude_self: bool = False) -> T
 def kept_edges(
     probs: tuple[Tensor, Tensor] | None, m: int, n: int, percentile: float, exclude_self: bool, device=None
 ) -> Tensor:
-    """The pruning mask ``[M, N]``: ranked edges whose joint entropy is at or below the percentile's quantile; without
+    """The pruning mask ``[M, N]``: the edges whose joint entropy is at or below the percentile's quantile, or without
     ``probs`` all of them, on ``device``."""
     if probs is None:
         every = torch.ones(m, n, dtype=torch.bool, device=device)

@@ -1,6 +1,7 @@
 """The registry: which implementations exist, where each can run, and why one cannot.
 
-Asked for by name a backend runs or raises; only ``"auto"`` chooses, from the tensors' device alone, by ``AUTO``.
+A backend that is asked for by name runs or raises. Only ``"auto"`` chooses: by ``AUTO``, from the tensors' device
+alone.
 """
 
 import functools
@@ -14,8 +15,8 @@ from vrm_kernels.backends import cpp, cuda, device_record, triton
 from vrm_kernels.backends.contract import Backend
 from vrm_kernels.backends.status import Status, constant
 
-# "auto" takes the first of these that is usable on the tensors' device; on types of devices that are not here `torch`.
-# A rule by size, where measurements ask for one, belongs here.
+# "auto" takes the first of these that is usable on the tensors' device, and `torch` on devices of any other type. A
+# rule by size, once measurements ask for one, belongs here.
 AUTO = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 
@@ -24,8 +25,8 @@ class Entry:
     """One row of the registry.
 
     ``implementation`` names a subclass of :class:`vrm_kernels.backends.contract.Backend`, ``module:Class``, which is
-    imported when the backend is first used. ``devices`` are device types, ``()`` meaning any. ``status`` says
-    ``(usable, note)`` of a device of them. ``interpreted`` are devices on which it runs for tests alone, slowly.
+    imported when the backend is first used. ``devices`` are device types; ``()`` means any. ``status`` says
+    ``(usable, note)`` for a device of such a type. On ``interpreted`` devices it runs for tests only, slowly.
     """
 
     name: str
@@ -121,7 +122,7 @@ def _first_usable(device: torch.device) -> str:
 
 @functools.cache
 def _warn(device_type: str, why: str) -> None:
-    """Once: the loss is right, and slower than it need be."""
+    """Warns once: the loss is right, but slower than it could be."""
     warnings.warn(f"backend 'auto' takes 'torch' on {device_type}, which is slower: {why}", stacklevel=2)
 
 

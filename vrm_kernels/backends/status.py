@@ -10,7 +10,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 class Status(Protocol):
     def __call__(self, device: torch.device | None = None) -> tuple[bool, str]:
-        """Of a device of the backend's types; by default of the one that is current."""
+        """What it says for a device of the backend's types; by default for the current one."""
 
 
 def cuda_index(device: torch.device | None) -> int | None:
@@ -21,7 +21,7 @@ def cuda_index(device: torch.device | None) -> int | None:
 
 
 def constant(function: F) -> F:
-    """torch.compile need not trace an import. This is all that torch.compiler.assume_constant_result does, besides
-    taking a second to import the compiler."""
+    """Marks a function whose result torch.compile takes for a constant, so that it does not trace an import.
+    torch.compiler.assume_constant_result does the same, but takes a second to import the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -23,8 +23,8 @@ make them last longer, and change nothing else:
 Kept edges that are not certified, and those where ``n^2`` or ``m^2`` cancelled (the *guard*), take the formula
 literally, component by component, from the vectors as given.
 
-Which edges those are a device is asked once a graph, when all others are done. Where a graph is small it is not asked:
-every edge takes the formula literally, in blocks of rows, and a CUDA graph can capture the loss.
+A device is asked once a graph which edges those are, after all others are done. It is not asked for a small graph:
+there every edge takes the formula literally, in blocks of rows, and a CUDA graph can capture the loss.
 """
 
 from collections.abc import Sequence
@@ -51,8 +51,8 @@ from vrm_kernels.graph.constants import COUNT_EPS
 GUARD = {torch.float32: 0.1, torch.float64: 1e-3}
 # Beyond these the student is as good as a single point, or the teacher is.
 SCALE_RANGE = (1e-8, 1e8)
-# Off the CPU, relations of up to this many components are taken literally: on an H100 the eager class, which stores
-# them, needs 5.7 ms for 512 x 200 (7e7 components of both graphs), and products with their waits took 9 to 11.
+# Off the CPU, relations of up to this many components are taken literally. On an H100 the eager class, which stores
+# them, takes 5.7 ms for 512 x 200 (7e7 components in both graphs); products and their waits took 9 to 11.
 LITERAL_ELEMENTS = 2**26
 # Components of the relations of a block of rows that are taken literally: 64 MB a tensor in float32, five at a time.
 LITERAL_BLOCK = 2**24
@@ -126,8 +126,8 @@ def is_literal(m: int, n: int, dims: int) -> bool:
 
 
 def _masked(vectors: Sides, keep: Tensor, kept: Tensor, delta: float, eps: float, need_grad: bool):
-    """``(loss, gradients of the student's two sides, if any)``: of the edges in ``keep``, over ``kept``; uses up
-    ``keep``."""
+    """``(loss, gradients of the student's two sides, if any)`` of the edges in ``keep``, divided by ``kept``. It
+    overwrites ``keep``."""
     count = kept.to(vectors.a.dtype) + COUNT_EPS
     if not _is_cpu(keep.device) and is_literal(len(vectors.a), *vectors.b.shape):
         loss, grads = _every_edge(vectors, keep, delta, eps, need_grad)
@@ -139,7 +139,7 @@ def _masked(vectors: Sides, keep: Tensor, kept: Tensor, delta: float, eps: float
     sides = [(Vertices.of(x), Vertices.of(y)) for x, y in ((a_s, b_s), (a_t, b_t), (w, z))]
 
     loss = scale.new_zeros(())
-    # Of the certified edges with respect to the scaled student, and of the literal ones.
+    # The gradients of certified edges are with respect to the scaled student, those of literal edges are not.
     certified_grads, literal_grads = ([torch.zeros_like(x) for x in vectors[:2]] if need_grad else [] for _ in range(2))
     step = max(1, _block_elements(loss.device) // len(z))
     for start in range(0, len(w), step):
@@ -159,7 +159,7 @@ def _masked(vectors: Sides, keep: Tensor, kept: Tensor, delta: float, eps: float
 
 
 def _is_cpu(device: torch.device) -> bool:
-    """Where nothing has to be waited for."""
+    """Whether reading a tensor waits for nothing."""
     return device.type == "cpu"
 
 
@@ -179,7 +179,7 @@ def _squared_distances(pair: tuple[Vertices, Vertices]) -> Tensor:
 
 
 def _unguarded(pair: tuple[Vertices, Vertices], squared_distances: Tensor) -> Tensor:
-    """Which edges kept their digits. Not a number compares false."""
+    """Which edges kept their digits. NaN compares false."""
     a, b = pair
     return squared_distances - b.guard > a.guard[:, None]
 
@@ -191,7 +191,7 @@ def _largest_components(pair: tuple[Vertices, Vertices]) -> Tensor:
 
 
 def _certified_edges(student, teacher, residual, keep, eps_s, eps_t, delta, need_grad):
-    """``q, beta, gamma`` of a block, zero but on certified edges, which are struck out of ``keep``."""
+    """``q, beta, gamma`` of a block, zero except on certified edges, which are taken out of ``keep``."""
     n2, m2, h = (_squared_distances(pair) for pair in (student, teacher, residual))
     unguarded = _unguarded(student, n2) & _unguarded(teacher, m2)
     n, m = n2.sqrt(), m2.sqrt()
@@ -258,8 +258,8 @@ def _every_edge(vectors: Sides, keep: Tensor, delta: float, eps: float, need_gra
 
 
 def _huber(student: Tensor, teacher: Tensor, drop: Tensor | None, delta: float, eps: float, need_grad: bool):
-    """``(sum of the losses, gradients)`` of edges whose differences are ``[.., D]``, which are used up; none of the
-    edges in ``drop [.., 1]``."""
+    """``(sum of the losses, gradients)`` of edges whose differences are ``[.., D]``, without those in ``drop [.., 1]``.
+    It overwrites the differences."""
     relation, length = _relations(student, eps)
     difference = _relations(teacher, eps)[0].neg_().add_(relation)
     slope = difference.clamp(-delta, delta)  # huber' ; and huber(x) = slope (x - slope / 2)
@@ -274,7 +274,7 @@ def _huber(student: Tensor, teacher: Tensor, drop: Tensor | None, delta: float, 
 
 
 def _relations(difference: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Relations ``[.., D]``, in the place of the differences, and their lengths ``[.., 1]``."""
+    """Relations ``[.., D]``, which overwrite the differences, and the differences' lengths ``[.., 1]``."""
     length = difference.norm(dim=-1, keepdim=True)
     return difference.div_(length + eps), length
 

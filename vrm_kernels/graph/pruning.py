@@ -1,4 +1,5 @@
-"""Which edges of a relation graph count: the joint entropy and the threshold, one definition for every backend."""
+"""Which edges of a relation graph count: the joint entropy and the threshold, in PyTorch. Compiled backends give the
+same threshold of their entropies, to the bit."""
 
 import ctypes
 import functools
@@ -14,8 +15,8 @@ TORCH_QUANTILE_MAX = 2**24
 
 @functools.lru_cache(maxsize=1024)
 def rank(q: float, n: int, dtype: torch.dtype) -> tuple[int, float]:
-    """Where the q-quantile of ``n`` sorted values lies: ``(below, weight)``, the value being
-    ``lerp(sorted[below], sorted[below + 1 if weight > 0 else below], weight)``: as in torch.quantile, a rank that is
+    """Where the q-quantile of ``n`` sorted values lies: ``(below, weight)``. The value is
+    ``lerp(sorted[below], sorted[below + 1 if weight > 0 else below], weight)``. As in torch.quantile, a rank that is
     whole does not look at the next value, which may be infinite.
 
     torch.quantile forms ``q * (n - 1)`` in the dtype of its input, so in float32 both q and the product are rounded
@@ -40,7 +41,7 @@ def threshold_rank(percentile: float, m: int, n: int, exclude_self: bool, dtype:
 
 
 def log_probs(probs: torch.Tensor, *, inplace: bool = False) -> torch.Tensor:
-    """``log(P' + 1e-7)``, the second factor of the joint entropy; ``inplace``: in the place of ``probs``."""
+    """``log(P' + 1e-7)``, the second factor of the joint entropy; with ``inplace`` it overwrites ``probs``."""
     return (probs.add_(ENTROPY_EPS) if inplace else probs + ENTROPY_EPS).log_()
 
 
@@ -50,7 +51,7 @@ def joint_entropy(probs_a: torch.Tensor, probs_b: torch.Tensor) -> torch.Tensor:
 
 
 def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.Tensor:
-    """The same from :func:`log_probs` of the second."""
+    """:func:`joint_entropy` of ``P`` and of :func:`log_probs` of ``P'``."""
     return (probs_a @ log_probs_b.t()).neg_()
 
 
