@@ -10,7 +10,7 @@ from vrm_distill.data import HOW_TO_INSTALL
 from vrm_distill.failures import Refused, explain, printable
 
 # The sub-commands, each ``vrm_distill.commands.NAME.main(argv)``; without one of them it is the first.
-COMMANDS = ("train", "eval", "export")
+COMMANDS = ("train", "eval", "export", "cache")
 # The modules of the extra "distill", and what pip calls them.
 _EXTRA = {
     "accelerate": "accelerate",

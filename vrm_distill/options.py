@@ -10,7 +10,8 @@ import torch
 from vrm_distill.data import AUGMENTATIONS, SOURCES
 from vrm_distill.failures import Refused
 from vrm_distill.models import MODELS, check_name
-from vrm_distill.settings import BASELINES, OPTIMIZERS, PRECISIONS, SCHEDULES, TRACKERS, Settings
+from vrm_distill.models.ensemble import JOINT
+from vrm_distill.settings import BASELINES, CACHE_DTYPES, OPTIMIZERS, PRECISIONS, SCHEDULES, TRACKERS, Settings
 from vrm_kernels import backends, checks
 
 _PRESETS = Path(__file__).parent / "presets"
@@ -52,6 +53,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     values = {name: getattr(options, name) for name in Settings.__dataclass_fields__}
+    if isinstance(options.teacher, list):
+        values["teacher"] = JOINT.join(options.teacher)
     return Settings(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 
@@ -97,7 +100,7 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
         description="Train a teacher, or take a trained one; then for each seed a small student alone on the real "
         "view, alone on both views, and distilled with Virtual Relation Matching. Ends with a table, curves, a report, "
         "a log and checkpoints. Runs as it is under torchrun. Other commands: vrm-distill eval --help, vrm-distill "
-        "export --help; vrm-distill train is this one.",
+        "export --help; vrm-distill cache, with these options, fills --teacher-cache; vrm-distill train is this one.",
         epilog="Start: vrm-distill (a minute and a half, no download); vrm-distill --dataset folder:PATH --image-size "
         "224 --teacher timm:resnet34 --teacher-checkpoint FILE --student timm:resnet18 --baselines none --seeds 1.",
         parents=[files],
@@ -114,16 +117,32 @@ def _parser(files: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "the real view's, by default after the images' channels and size; the virtual view adds RandAugment",
         choices=AUGMENTATIONS,
     )
+    add(
+        "--view-epochs",
+        "so many epochs of views, the same for every seed, again and again: --teacher-cache is then no larger",
+        type=integer(1),
+        metavar="N",
+    )
 
     add = _group(parser, "models")
-    add("--teacher", f"{', '.join(MODELS)}; timm:NAME; torchvision:NAME; package.module:factory", **network)
+    add(
+        "--teacher",
+        f"{', '.join(MODELS)}; timm:NAME; torchvision:NAME; package.module:factory; of several, each with its "
+        f"checkpoint, the mean of the logits teaches",
+        type=_networks,
+        metavar="NETWORK",
+        nargs="+",
+    )
     add(
         "--teacher-checkpoint",
-        "a trained teacher's weights: .safetensors, or a PyTorch state dict",
+        "a trained teacher's weights: .safetensors, or a PyTorch state dict; of several teachers, one for each",
         type=Path,
         metavar="FILE",
+        nargs="+",
     )
     add("--teacher-pretrained", "take the weights that timm or torchvision offer for the teacher")
+    add("--teacher-cache", "keep the teacher's logits there, and read those that are", type=Path, metavar="FOLDER")
+    add("--teacher-cache-dtype", "as these: float16 rounds what the student sees", choices=CACHE_DTYPES)
     add("--student", "as --teacher", **network)
     add("--baselines", "students to train without the teacher", nargs="+", choices=(*BASELINES, "none"))
 
@@ -303,6 +322,11 @@ def _network(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _networks(text: str) -> str:
+    """One network, or several joined as ``config.yaml`` has them."""
+    return JOINT.join(map(_network, text.split(JOINT)))
 
 
 def _device(text: str) -> str:

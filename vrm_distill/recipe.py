@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import nn
 
 import vrm_kernels
 from vrm_distill import checkpoint, failures, relations
+from vrm_distill.cache import open_cache, teacher_views
 from vrm_distill.data import ImageData, plain_loader
-from vrm_distill.engine import count_correct, cross_entropy_loss, distillation_loss
+from vrm_distill.engine import count_correct, cross_entropy_loss, loss_of_logits
 from vrm_distill.log import Log, progress_bar, start_trackers
 from vrm_distill.models import create_model, parameter_count
 from vrm_distill.settings import DISTILLED, TEACHER, Settings
@@ -123,7 +125,8 @@ def read_state(settings: Settings, data: ImageData, teacher: nn.Module | None) -
     if not differences and state["data"] != data.fingerprint():
         differences.append(f"the images of {settings.dataset} are not those it was trained on: restore them")
     if not differences and state["teacher"] != _fingerprint(teacher):
-        differences.append(f"the weights in {settings.teacher_checkpoint or settings.teacher} are not those of then")
+        where = ", ".join(map(str, settings.teacher_checkpoint)) or settings.teacher
+        differences.append(f"the weights in {where} are not those of then")
     if differences:
         raise ValueError(f"{path} is of another run: {'; '.join(differences)}; or start anew in another --output-dir")
     return state
@@ -211,10 +214,10 @@ class _Run:
             model,
             self.data,
             settings,
-            self._objective(method, model),
+            self._objective(method, model, seed),
             epochs=self._epochs(method),
             lr=lr,
-            seed=seed,
+            **({"seed": seed} if method == TEACHER else settings.views(seed)),
             virtual=method != "alone_real",
             clip=settings.clip_grad * self._weight(method),
             watch=lambda step, terms, norm: self.watch.step(step, terms, norm, settings, what),
@@ -290,7 +293,9 @@ class _Run:
         with torch.no_grad(), self.accelerator.autocast():
             return not all(
                 bool(x.isfinite().all())
-                for real, virtual, _ in trainer.replay(error.epoch - 1, error.step - 1)
+                for _, real, virtual, _ in islice(
+                    trainer.replay(error.epoch - 1, error.step - 1), self.settings.accumulate
+                )
                 for x in both_views(self.teacher, real, virtual)
             )
 
@@ -322,7 +327,7 @@ class _Run:
             method, 2.0
         )
 
-    def _objective(self, method: str, model: nn.Module):
+    def _objective(self, method: str, model: nn.Module, seed: int):
         settings = self.settings
         if method != DISTILLED:
             views = "real" if method == "alone_real" else "both"
@@ -334,11 +339,17 @@ class _Run:
         if not warmup and (settings.alpha or settings.beta) and self.watch.starts_equal(model, self.data, settings):
             warmup = 1.0
 
-        def objective(model, real, virtual, labels, progress):
-            warm = min(1.0, progress / warmup) if warmup else 1.0
+        cache = None
+        if settings.teacher_cache is not None:
+            cache = open_cache(settings, self.data, teacher, self.accelerator, seed)
+
+        def objective(model, real, virtual, labels, place):
+            warm = min(1.0, place.progress / warmup) if warmup else 1.0
             self.loss_fn.alpha, self.loss_fn.beta = settings.alpha * warm, settings.beta * warm
             with self.accelerator.autocast():
-                return distillation_loss(teacher, model, real, virtual, labels, self.loss_fn, settings.kd_weight)
+                teacher_logits = teacher_views(teacher, place, real, virtual, cache)
+                logits = both_views(model, real, virtual)
+                return loss_of_logits(logits, teacher_logits, labels, self.loss_fn, settings.kd_weight)
 
         return objective
 

@@ -18,11 +18,13 @@ BASELINES = ("alone_real", "alone_both")
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
+CACHE_DTYPES = ("float32", "float16")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 # Settings that leave every number of a run as it is: a resumed run may have others. Of the teacher's file it is the
 # weights that count, not where they lie.
 INCIDENTAL = (
     "teacher_checkpoint",
+    "teacher_cache",
     "checkpoint_steps",
     "data_dir",
     "find_unused_parameters",
@@ -47,8 +49,11 @@ class Settings:
     workers: int = 0
 
     teacher: str = "conv_32_64_128"
-    teacher_checkpoint: Path | None = None
+    teacher_checkpoint: tuple[Path, ...] = ()
     teacher_pretrained: bool = False
+    teacher_cache: Path | None = None
+    teacher_cache_dtype: str = "float32"
+    view_epochs: int | None = None
     student: str = "conv_4_8_8"
     baselines: tuple[str, ...] = BASELINES
 
@@ -99,12 +104,18 @@ class Settings:
         """The students to train, by the name of the method, in order; the distilled one is always among them."""
         return {name: title for name, title in METHODS.items() if name == DISTILLED or name in self.baselines}
 
+    def views(self, seed: int) -> dict[str, int]:
+        """What the views of a student of that seed follow from: the ``seed`` and ``view_epochs`` of its trainer."""
+        if self.view_epochs is None:
+            return {"seed": seed, "view_epochs": self.epochs}
+        return {"seed": self.seed, "view_epochs": self.view_epochs}
+
     def plain(self) -> dict[str, Any]:
         """The settings as numbers, text, lists and ``None``: what YAML and a checkpoint hold."""
 
         def simple(value: Any) -> Any:
             if isinstance(value, tuple):
-                return list(value)
+                return [simple(x) for x in value]
             return str(value) if isinstance(value, Path) else value
 
         return {name: simple(value) for name, value in asdict(self).items()}

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,13 +17,29 @@ from vrm_distill.engine import Means
 from vrm_distill.seeding import seed_everything
 from vrm_distill.settings import Settings
 
-# objective(model, real, virtual, labels, progress) gives the loss and its terms; progress counts epochs, from 0.
-Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, float], tuple[Tensor, dict[str, Tensor]]]
 # The loss is looked at this often, in steps: reading it makes the host wait for the device.
 _LOOK = 50
 # So many steps of a training are shown to its watcher, which makes the host wait, too.
 _WATCHED = 3
 _NEVER = 2**62
+
+
+class Place(NamedTuple):
+    """Where in its training a micro-batch of this process is, all counted from 0; ``steps`` are those of an epoch."""
+
+    epoch: int
+    step: int
+    part: int
+    steps: int
+
+    @property
+    def progress(self) -> float:
+        """Epochs done, the part of this one counted."""
+        return self.epoch + self.step / self.steps
+
+
+# objective(model, real, virtual, labels, place) gives the loss and its terms.
+Objective = Callable[[nn.Module, Tensor, Tensor, Tensor, Place], tuple[Tensor, dict[str, Tensor]]]
 
 
 class NonFiniteLoss(RuntimeError):
@@ -54,6 +71,8 @@ class Trainer:
         model: gives logits ``[B, C]``; on the accelerator's device already.
         epochs, lr: how long, and the first learning rate.
         seed: of the order of the samples and of the augmentations.
+        view_epochs: the order and the augmentations of an epoch are those of epoch modulo this; by default no two are
+            alike.
         virtual: make the virtual view, too; else the objective gets the real one in its place.
         clip: scale gradients down to this norm where theirs is larger; 0 lets them be.
         watch: is shown the first few steps of a training: the step from 1, the loss and its terms, the gradients' norm.
@@ -70,12 +89,14 @@ class Trainer:
         epochs: int,
         lr: float,
         seed: int,
+        view_epochs: int | None = None,
         virtual: bool = True,
         clip: float = 0.0,
         watch: Callable[[int, dict[str, float], float], None] | None = None,
     ) -> None:
         self.accelerator, self.data, self.settings, self.objective = accelerator, data, settings, objective
         self.epochs, self.seed, self.virtual, self.clip, self.watch = epochs, seed, virtual, clip, watch
+        self.view_epochs = view_epochs or epochs
         self.batches = ShardedBatches(
             len(data.train),
             settings.batch_size,
@@ -109,12 +130,11 @@ class Trainer:
         Raises:
             NonFiniteLoss: the loss or one of its terms became NaN or infinite.
         """
-        self.batches.seek(self.at.epoch, self.at.step)
-        loader = iter(batches_loader(self.data.train, self.batches, self.settings.workers))
+        batches = self.replay(self.at.epoch, self.at.step)
         self.model.train()
         start, seconds = time.perf_counter(), self.at.seconds
         while self.at.step < self.batches.steps:
-            self._step(loader)
+            self._step(batches)
             self.at.seconds = seconds + time.perf_counter() - start
             done = self.at.epoch * self.batches.steps + self.at.step
             if self.at.step % _LOOK == 0 or done % self.settings.checkpoint_steps == 0:
@@ -184,30 +204,26 @@ class Trainer:
         self.accelerator.free_memory()
         return result
 
-    def replay(self, epoch: int, step: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The views and labels of each part of a step that this process has taken, both counted from 0."""
-        self.batches.seek(epoch, step)
-        loader = iter(batches_loader(self.data.train, self.batches))
-        for part in range(self.settings.accumulate):
-            yield self._views(loader, epoch, step, part)
+    def replay(self, epoch: int, step: int = 0) -> Iterator[tuple[Place, Tensor, Tensor, Tensor]]:
+        """Place, views and labels of this process's micro-batches, from a step to the end of its epoch."""
+        device, source = self.accelerator.device, epoch % self.view_epochs
+        self.batches.seek(source, step)
+        loader = batches_loader(self.data.train, self.batches, self.settings.workers)
+        for number, batch in enumerate(loader, step * self.settings.accumulate):
+            place = Place(epoch, *divmod(number, self.settings.accumulate), self.batches.steps)
+            images, labels = (x.to(device, non_blocking=True) for x in batch)
+            seed_everything(device, self.seed, source, place.step, place.part, self.accelerator.process_index)
+            real, virtual = self.views(images, self.virtual)
+            if self.settings.mixup:
+                real, virtual, labels = mixup(real, virtual, labels, self.data.classes, self.settings.mixup)
+            yield place, real, virtual, labels
 
-    def _views(self, loader: Iterator, epoch: int, step: int, part: int) -> tuple[Tensor, Tensor, Tensor]:
-        device = self.accelerator.device
-        images, labels = (x.to(device, non_blocking=True) for x in next(loader))
-        seed_everything(device, self.seed, epoch, step, part, self.accelerator.process_index)
-        real, virtual = self.views(images, self.virtual)
-        if self.settings.mixup:
-            real, virtual, labels = mixup(real, virtual, labels, self.data.classes, self.settings.mixup)
-        return real, virtual, labels
-
-    def _step(self, loader: Iterator) -> None:
+    def _step(self, batches: Iterator[tuple[Place, Tensor, Tensor, Tensor]]) -> None:
         parts = self.settings.accumulate
-        progress = self.at.epoch + self.at.step / self.batches.steps
-        for part in range(parts):
-            real, virtual, labels = self._views(loader, self.at.epoch, self.at.step, part)
+        for place, real, virtual, labels in islice(batches, parts):
             # Processes add up their gradients once, with the last part.
-            with self.accelerator.no_sync(self.model) if part < parts - 1 else nullcontext():
-                loss, terms = self.objective(self.model, real, virtual, labels, progress)
+            with self.accelerator.no_sync(self.model) if place.part < parts - 1 else nullcontext():
+                loss, terms = self.objective(self.model, real, virtual, labels, place)
                 self.accelerator.backward(loss / parts)
             values = self.means.add({"loss": loss, **terms}, labels.shape[0])
             bad = torch.where(values.isfinite(), _NEVER, self.at.step)

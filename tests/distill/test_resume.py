@@ -35,10 +35,11 @@ def _assert_same(folder, undisturbed):
 
 
 def test_killed_at_random_and_resumed_ends_in_the_same_bits(undisturbed, tmp_path):
-    """kill -9 ten times, each time a random while after the last checkpoint; then to the end."""
+    """kill -9 ten times, each time a random while after the last checkpoint; then to the end, with a teacher cache."""
     folder, draw, killed = tmp_path / "run", random.Random(0), 0
+    run = [*RUN, f"--teacher-cache={tmp_path / 'cache'}", "--resume", "--output-dir", folder]
     while killed < KILLS:
-        process = start(*RUN, "--resume", "--output-dir", folder)
+        process = start(*run)
         try:
             seen = _checkpoint_time(folder)
             deadline = time.monotonic() + 60
@@ -52,7 +53,7 @@ def test_killed_at_random_and_resumed_ends_in_the_same_bits(undisturbed, tmp_pat
         assert process.returncode == -signal.SIGKILL
         checkpoint.load_state(folder / "resume.pt")  # whole, whenever the kill came
         killed += 1
-    finish(start(*RUN, "--resume", "--output-dir", folder))
+    finish(start(*run))
     _assert_same(folder, undisturbed)
 
 

@@ -37,16 +37,16 @@ def _losses(folder):
 
 def test_bf16_trains_in_bfloat16_and_keeps_float32_weights(finished, tmp_path, monkeypatch):
     seen = set()
-    loss = recipe.distillation_loss
+    both_views = recipe.both_views
 
-    def spying(teacher, student, real, *rest):
+    def spying(student, *views):
         hook = student.features[0].register_forward_hook(lambda module, images, out: seen.add(out.dtype))
         try:
-            return loss(teacher, student, real, *rest)
+            return both_views(student, *views)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(recipe, "distillation_loss", spying)
+    monkeypatch.setattr(recipe, "both_views", spying)
     assert main([*SHORT, str(tmp_path / "run"), "--precision=bf16"]) == 0
     assert seen == {torch.bfloat16}
     model, _ = load_checkpoint(tmp_path / "run" / "student.safetensors")
