@@ -1,79 +1,127 @@
-"""What ``make compare`` compares: the data with their networks, the losses, and relation matching's ablations."""
+"""What ``make compare`` compares: the data with their networks, and the methods with what is tuned of each."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import nn
 
 from benchmarks.methods import losses
-from vrm_kernels import VRMLoss
+from benchmarks.methods.losses import Loss, per_view, relation_matching
 
 
 @dataclass(frozen=True)
 class Task:
-    """A dataset with the models, the length and the weights of relation matching that suit it."""
+    """A dataset with the networks and the lengths that suit it."""
 
     source: str
     teacher: str
     student: str
     epochs: int
     teacher_epochs: int
+    seeds: int
     train_images: int | None = None
-    alpha: float = 4.0
-    beta: float = 2.0
 
 
 TASKS = {
-    "digits": Task("digits", "conv_32_64_128", "conv_4_8_8", epochs=30, teacher_epochs=40),
+    "digits": Task("digits", "conv_32_64_128", "conv_4_8_8", epochs=30, teacher_epochs=40, seeds=10),
     "fashion": Task(
-        "idx:/usr/share/datasets/fashion-mnist", "conv_32_64_128", "conv_8_16_16", epochs=10, teacher_epochs=10,
-        train_images=20000,
+        "idx:/usr/share/datasets/fashion-mnist", "conv_32_64_128", "conv_8_16_16", epochs=5, teacher_epochs=8,
+        seeds=5, train_images=10000,
     ),
-    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=24, teacher_epochs=40),
+    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=16, teacher_epochs=30, seeds=5),
 }  # fmt: skip
-
-# A loss of a task; None trains on cross-entropy alone. The settings are those published for CIFAR-100: KD's (0.1 CE,
-# 0.9 KD, temperature 4) and RKD's (25 and 50) from CRD's comparison (arXiv 1910.10699), DKD's and DIST's from
-# their own papers.
-Maker = Callable[[Task], nn.Module | None]
+BATCH = 64
 
 
-def _vrm(**settings) -> Maker:
-    def make(task: Task) -> VRMLoss:
-        weights = {"alpha": task.alpha, "beta": task.beta, **settings}
-        return VRMLoss(**weights)
+@dataclass(frozen=True)
+class Knob:
+    """A number that is tuned: its first trial's value, and between what the other trials draw it, evenly in its log."""
 
-    return make
+    name: str
+    published: float
+    low: float
+    high: float
+
+    def at(self, fraction: float) -> float:
+        return float(f"{math.exp(math.log(self.low) + fraction * math.log(self.high / self.low)):.4g}")
 
 
-METHODS: dict[str, Maker] = {
-    "ce": lambda task: None,
-    "kd": lambda task: losses.PerView(losses.kd, weight=0.9, ce_weight=0.1),
-    "dkd": lambda task: losses.PerView(losses.dkd),
-    "dist": lambda task: losses.PerView(losses.dist),
-    "rkd": lambda task: losses.OnEmbeddings(losses.rkd),
-    "vrm": _vrm(),
+LEARNING_RATE = Knob("lr", 0.01, 0.003, 0.05)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train a student: ``make(**knobs)`` is its loss, of so many views, the real one and then virtual ones."""
+
+    what: str
+    make: Callable[..., Loss]
+    knobs: tuple[Knob, ...] = ()
+    views: int = 2
+
+    def trials(self, count: int) -> list[dict[str, float]]:
+        """What each trial takes for the learning rate and the knobs.
+
+        The first has the published values; the others are Sobol's points, so that trial ``i`` of every method has the
+        same learning rate, and all are spread evenly.
+        """
+        knobs = (LEARNING_RATE, *self.knobs)
+        # Its first point is a corner: left out.
+        points = torch.quasirandom.SobolEngine(len(knobs)).draw(count)[1:].tolist()
+        drawn = [{knob.name: knob.at(x) for knob, x in zip(knobs, point, strict=True)} for point in points]
+        return [{knob.name: knob.published for knob in knobs}, *drawn]
+
+
+ALPHA, BETA = Knob("alpha", 4.0, 0.5, 64.0), Knob("beta", 2.0, 0.25, 32.0)
+
+
+def _vrm(what: str, views: int = 2, knobs: tuple[Knob, ...] = (ALPHA, BETA), **settings) -> Method:
+    return Method(what, lambda alpha, beta=0.0: relation_matching(alpha=alpha, beta=beta, **settings), knobs, views)
+
+
+def _with_kd(alpha: float, kd_weight: float) -> Loss:
+    return relation_matching(kd_weight, alpha=alpha, beta=alpha / 2)
+
+
+def _term(what: str, term: Callable[..., losses.Term], *knobs: Knob) -> Method:
+    return Method(what, lambda **weights: per_view(term(**weights)), knobs)
+
+
+def _cross_entropy(what: str, views: int) -> Method:
+    return Method(what, lambda: losses.cross_entropy, views=views)
+
+
+# The published values are those for CIFAR-100: of KD, RKD and AT from CRD's comparison (arXiv 1910.10699), of the
+# others from their own papers; CC's is for its term as it is here, and relation matching's are this package's defaults.
+METHODS: dict[str, Method] = {
+    "ce real view": _cross_entropy("cross-entropy, real view", 1),
+    "ce": _cross_entropy("cross-entropy, both views", 2),
+    "ce 3 views": _cross_entropy("cross-entropy, a second virtual view", 3),
+    "kd": _term("KD", losses.kd, Knob("weight", 9.0, 0.3, 30.0), Knob("temperature", 4.0, 1.0, 8.0)),
+    "lskd": _term("logit standardisation", losses.lskd, Knob("weight", 9.0, 0.3, 30.0)),
+    "dkd": _term("decoupled KD", losses.dkd, Knob("alpha", 1.0, 0.1, 10.0), Knob("beta", 8.0, 0.5, 32.0)),
+    "dist": _term("DIST", losses.dist, Knob("beta", 2.0, 0.1, 20.0), Knob("gamma", 2.0, 0.1, 20.0)),
+    "rkd": _term("relational KD", losses.rkd, Knob("distance", 25.0, 1.0, 200.0), Knob("angle", 50.0, 2.0, 400.0)),
+    "cc": _term("correlation congruence", losses.cc, Knob("weight", 100.0, 10.0, 1000.0)),
+    "at": _term("attention transfer", losses.at, Knob("weight", 1000.0, 10.0, 10000.0)),
+    "vrm": _vrm("relation matching"),
+    "vrm zscore": _vrm("of z-scores of the logits", normalize="zscore"),
+    "vrm kd": Method("and KD; beta is half of alpha", _with_kd, (ALPHA, Knob("kd_weight", 9.0, 0.3, 30.0))),
+    "vrm 3 views": _vrm("a second virtual view", views=3),
+    "vrm no pruning": _vrm("keeps every edge", unreliable_pruning_percentile=100.0),
+    "vrm real view": _vrm("the real view alone", views=1),
+    "vrm no inter-class": _vrm("inter-sample graph alone", knobs=(ALPHA,)),
 }
-NO_VIRTUAL_VIEW = "vrm no virtual view"
-ABLATIONS: dict[str, Maker] = {
-    "vrm percentile 10": _vrm(unreliable_pruning_percentile=10),
-    "vrm percentile 60": _vrm(unreliable_pruning_percentile=60),
-    "vrm no pruning": _vrm(unreliable_pruning_percentile=100),
-    NO_VIRTUAL_VIEW: _vrm(),  # the virtual view is then the real one, which is the trainer's doing
-    "vrm inter-sample only": _vrm(beta=0.0),
-    "vrm inter-class only": _vrm(alpha=0.0),
-    "vrm complete": _vrm(relations="complete"),
-    # Relations within quarters of the batch, as four processes without --gather-distributed would have them.
-    "vrm local batch": lambda task: partial(_in_parts, loss_fn=_vrm()(task), parts=LOCAL_PARTS),
+# What the page asks: a method, and what it is compared with.
+QUESTIONS = {
+    "Does relation matching help over cross-entropy of the same two views?": ("vrm", "ce"),
+    "Over KD?": ("vrm", "kd"),
+    "What does pruning add?": ("vrm", "vrm no pruning"),
+    "What does the virtual view add?": ("vrm", "vrm real view"),
+    "What does it add to cross-entropy?": ("ce", "ce real view"),
+    "What does the inter-class graph add?": ("vrm", "vrm no inter-class"),
+    "What do z-scores of the logits add?": ("vrm zscore", "vrm"),
+    "What does KD add to it?": ("vrm kd", "vrm"),
+    "What does a second virtual view add?": ("vrm 3 views", "vrm"),
+    "To cross-entropy?": ("ce 3 views", "ce"),
 }
-LOCAL_PARTS = 4
-# Accuracy against batch size is of these methods.
-BATCH_METHODS = ("ce", "kd", "vrm")
-BATCH_SIZES = (16, 32, 128, 256)
-
-
-def _in_parts(*tensors, loss_fn: nn.Module, parts: int) -> torch.Tensor:
-    """The mean over ``parts`` of the batch, each taken for a batch of its own."""
-    return sum(loss_fn(*chunk) for chunk in zip(*(x.tensor_split(parts) for x in tensors), strict=True)) / parts

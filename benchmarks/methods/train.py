@@ -1,337 +1,322 @@
-"""``make compare``: cross-entropy, KD, DKD, DIST, RKD and relation matching with its ablations, on the same terms.
+"""``make compare``: every method tuned with the same number of trials on validation images, then judged on test images.
 
-Every student of a seed has the same first weights, order of samples, augmentations, schedule and teacher; only the
-loss differs. A row of the CSV is one student, written when it is finished: run the command again and it goes on where
-it was.
+Every student of a seed has the same first weights, batches, views and teacher; only the loss and what was chosen for it
+differ. A row of the CSV is one student, written when it is finished: run the command again and it goes on where it was.
 """
 
 import argparse
-import csv
-import os
+import hashlib
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from benchmarks.methods import report as compare_report
-from benchmarks.methods.methods import (
-    ABLATIONS,
-    BATCH_METHODS,
-    BATCH_SIZES,
-    LOCAL_PARTS,
-    METHODS,
-    NO_VIRTUAL_VIEW,
-    TASKS,
-    Task,
-)
+from benchmarks.methods import cost, results
+from benchmarks.methods.methods import BATCH, METHODS, TASKS, Task
+from benchmarks.methods.results import TEST, TRIAL, Row
 from vrm_distill import options as command
 from vrm_distill.cli import missing_packages
-from vrm_distill.settings import Settings
 
 RESULTS = Path("benchmarks/results/compare")
-FIELDS = (
-    "dataset",
-    "method",
-    "seed",
-    "batch_size",
-    "epochs",
-    "last",
-    "best",
-    "teacher",
-    "seconds",
-    "vrm_kernels",
-    "torch",
-)
-_NUMBERS = {name: int for name in ("seed", "batch_size", "epochs")}
-_NUMBERS |= {name: float for name in ("last", "best", "teacher", "seconds")}
+SCRATCH = Path("runs/compare")
 CSV = "compare.csv"
+# The seeds of students that are judged on test images count from 0.
+TUNING_SEED, TEACHER_SEED = 1000, 2000
+TEACHER_LR = 0.005
 _FOLDERS = {"fashion": "--fashion", "omniglot": "--omniglot"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what of the comparison is not in the CSV yet; the exit status (1: a training diverged, 130: Ctrl-C)."""
+    """Run what of the comparison is not in the CSV yet; the exit status (1: it failed, 130: Ctrl-C)."""
     parser = _parser()
     options = parser.parse_args(argv)
     path = options.output_dir / CSV
     if missing := missing_packages():
         parser.error(missing)
-    from vrm_distill.trainer import NonFiniteLoss
-
     # What can be wrong is found before anything is trained.
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
+        options.scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=options.output_dir):
             pass
-        read(path)
+        rows = results.read(path)
     except (OSError, ValueError) as error:
         parser.error(f"argument --output-dir: {error}")
+    comparisons = [Comparison(name, _task(name, options), options) for name in options.datasets]
+    for comparison in comparisons:
+        try:
+            images = len(_data(comparison.task).train)
+            if images < BATCH:
+                raise ValueError(f"{comparison.name} has {images} images to train on, a batch has {BATCH}")
+            comparison.left(rows)
+        except ValueError as error:
+            about_images = "images to train on" in str(error)
+            flag = "--train-images" if about_images else _FOLDERS.get(comparison.name, "--datasets")
+            parser.error(f"argument {flag}: {error}")
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(options.processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        comparisons = [(_Comparison(name, options), _todo(name, options, read(path))) for name in options.datasets]
-        for comparison, todo in comparisons:
-            comparison.open(todo)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        for comparison, todo in comparisons:
-            if todo:
-                comparison.run(todo, path)
+        with pool:
+            _all(pool, teacher, [(c.task, c.scratch) for c in comparisons if c.left(rows)])
+            for comparison in comparisons:
+                comparison.run(pool, path)
+        costs = options.output_dir / cost.CSV
+        for name in {c.name for c in comparisons} - {row["dataset"] for row in cost.read(costs)}:
+            print(f"{name}: timing a step of each method", flush=True)
+            cost.append(costs, cost.measure(name, _task(name, options)))
     except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
         print(f"\nstopped: the same command goes on; finished students: {path}", file=sys.stderr)
         return 130
-    except (NonFiniteLoss, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"failed: {error}; finished students: {path}", file=sys.stderr)
         return 1
-    rows = read(path)
-    print(compare_report.render(rows))
-    for picture in compare_report.draw(rows, options.output_dir):
-        print(f"Written to {picture}")
+    print(f"{path}: {len(results.read(path))} students; python -m benchmarks.methods.page writes the page")
     return 0
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a comparison, none if there is no such file yet, without the half row that a kill may have left.
+@dataclass(frozen=True)
+class Job:
+    """One student to train."""
 
-    Raises:
-        ValueError: the file is not of a comparison, naming the line.
-    """
-    try:
-        whole = _whole(path.read_bytes()).decode()
-    except FileNotFoundError:
-        return []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    table = csv.reader(whole.splitlines())
-    if whole and (header := next(table)) != list(FIELDS):
-        raise ValueError(f"{path} is not of a comparison: its columns are {', '.join(header)}")
-    rows = []
-    for values in table:
-        row = dict(zip(FIELDS, values, strict=False))
-        try:
-            if len(values) != len(FIELDS):
-                raise ValueError(f"{len(values)} columns of {len(FIELDS)}")
-            for name, kind in _NUMBERS.items():
-                kind(row[name])
-        except ValueError as error:
-            raise ValueError(f"{path}, line {table.line_num}: {error}: mend or remove that line") from None
-        rows.append(row)
-    return rows
+    name: str
+    task: Task
+    scratch: Path
+    method: str
+    phase: str
+    trial: int
+    seed: int
+    settings: dict[str, float]
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        return self.method, self.phase, self.trial, self.seed
 
 
-def append(path: Path, row: dict) -> None:
-    """Add a row, on the disk before this returns; a half row left by a kill is replaced."""
-    with path.open("a+b") as file:
-        file.seek(0)
-        length = len(_whole(file.read()))
-        file.truncate(length)
-        lines = [] if length else [FIELDS]
-        for values in (*lines, [row[name] for name in FIELDS]):
-            file.write((",".join(map(str, values)) + "\r\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _whole(content: bytes) -> bytes:
-    """The finished lines: a row without its line's end was cut off."""
-    return content[: content.rfind(b"\n") + 1]
-
-
-class _Comparison:
+class Comparison:
     """One dataset's part of it."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.name, self.task, self.options, self.folder = name, _task(name, options), options, options.output_dir
-        self.settings = Settings(
-            batch_size=options.batch_size, lr=options.lr, seeds=options.seeds, checkpoint_steps=10**9
-        )
+    def __init__(self, name: str, task: Task, options: argparse.Namespace) -> None:
+        self.name, self.task, self.scratch, self.trials = name, task, options.scratch, options.trials
+        self.methods = [method for method in METHODS if not options.methods or method in options.methods]
 
-    def open(self, todo: list[tuple[str, int, int]]) -> None:
-        """Read the images, if there is anything to do with them.
-
-        Raises:
-            ValueError: they cannot be read, or are too few for a batch.
-        """
-        if not todo:
+    def run(self, pool: ProcessPoolExecutor, path: Path) -> None:
+        """Trials, then the students of the chosen ones."""
+        if not self.left(results.read(path)):
             return
-        from vrm_distill.data import open_dataset
-
-        try:
-            self.data = open_dataset(self.task.source, train_images=self.task.train_images)
-        except ValueError as error:
-            flag = "--train-images" if "images to train on" in str(error) else _FOLDERS.get(self.name, "--datasets")
-            raise ValueError(f"argument {flag}: {error}") from None
-        if (largest := max(batch for _, _, batch in todo)) > len(self.data.train):
-            raise ValueError(
-                f"argument --train-images: batches of {largest} are to be compared on {self.name}, which has "
-                f"{len(self.data.train)} images to train on"
-            )
-
-    def run(self, todo: list[tuple[str, int, int]], path: Path) -> None:
-        from accelerate import Accelerator
-
-        from vrm_distill.trainer import NonFiniteLoss
-
-        self.accelerator = Accelerator(cpu=self.options.device == "cpu")
-        torch.set_num_threads(self.options.threads)
-        teacher, accuracy = self._teacher()
-        others = {row["teacher"] for row in read(path) if row["dataset"] == self.name} - {f"{accuracy:.6f}"}
+        _, accuracy = teacher(self.task, self.scratch)
+        others = {row["teacher"] for row in self._mine(results.read(path))} - {f"{accuracy:.6f}"}
         if others:
             raise ValueError(
                 f"{path} has students of {self.name} with a teacher of accuracy {', '.join(others)}, this one has "
                 f"{accuracy:.6f}: take another --output-dir, or the settings of then"
             )
-        for method, seed, batch in todo:
-            started = time.perf_counter()
-            try:
-                accuracies = self._student(method, seed, batch, teacher)
-            except NonFiniteLoss as error:
-                error.args = (f"{self.name}, {method}, batch {batch}, seed {seed}: {error}: try a smaller --lr",)
-                raise
-            row = {
-                "dataset": self.name,
-                "method": method,
-                "seed": seed,
-                "batch_size": batch,
-                "epochs": self.task.epochs,
-                "last": f"{accuracies[-1]:.6f}",
-                "best": f"{max(accuracies):.6f}",
-                "teacher": f"{accuracy:.6f}",
-                "seconds": f"{time.perf_counter() - started:.1f}",
-                **_versions(),
-            }
-            append(path, row)
-            print(f"{self.name}: {method}, batch {batch}, seed {seed}: {accuracies[-1]:.2%}", flush=True)
+        # The test images' students are known once all trials are there.
+        for _ in (TRIAL, TEST):
+            jobs = self.left(results.read(path))
+            seeds = sorted({job.seed for job in jobs})
+            _all(pool, bank_file, [(self.task, self.scratch, seed) for seed in seeds])
+            for row in _each(pool, student, jobs):
+                results.append(path, row)
+                judged = (
+                    f"test {float(row['test']):.2%}" if row["test"] else f"validation {float(row['validation']):.2%}"
+                )
+                print(f"{self.name}: {row['method']}, {row['settings']}, seed {row['seed']}: {judged}", flush=True)
+        for seed in (TUNING_SEED, *range(self.task.seeds)):
+            bank_path(self.task, self.scratch, seed).unlink(missing_ok=True)
 
-    def _teacher(self) -> tuple[nn.Module, float]:
-        """The teacher of this dataset, from an earlier call if it was trained on the same."""
-        from vrm_distill.checkpoint import load_checkpoint, save_checkpoint
+    def left(self, rows: Iterable[Row]) -> list[Job]:
+        """The trials that the rows have not; of a method whose trials are all there, the test students likewise.
 
-        path = self.folder / f"teacher-{self.name}.safetensors"
-        made_by = f"{self.task.teacher}, {self.task.teacher_epochs} epochs, {len(self.data.train)} images"
-        if path.exists():
-            model, metadata = load_checkpoint(path)
-            if metadata.get("made_by") == made_by:
-                return model.to(self.accelerator.device), float(metadata["test_accuracy"])
-        model = self._new(self.task.teacher, 0)
-        accuracies = self._train(model, "ce", 0, self.settings.batch_size, self.task.teacher_epochs, None, 0.005)
-        keys = {"model": self.task.teacher, "in_channels": self.data.in_channels, "classes": self.data.classes}
-        save_checkpoint(path, model, {**keys, "made_by": made_by, "test_accuracy": accuracies[-1]})
-        return model.eval(), accuracies[-1]
+        Raises:
+            ValueError: the rows are of other trials than these.
+        """
+        mine = self._mine(rows)
+        done = {(row["method"], row["phase"], int(row["trial"]), int(row["seed"])): row for row in mine}
+        jobs: list[Job] = []
+        for method in self.methods:
+            tried = METHODS[method].trials(self.trials)
+            make = [(TRIAL, trial, TUNING_SEED) for trial in range(self.trials)]
+            if all((method, *key) in done for key in make):
+                best = choose(row for row in mine if row["method"] == method)
+                make += [(TEST, best, seed) for seed in range(self.task.seeds)]
+            for phase, trial, seed in make:
+                job = Job(self.name, self.task, self.scratch, method, phase, trial, seed, tried[trial])
+                if job.key not in done:
+                    jobs.append(job)
+                elif done[job.key]["settings"] != written(job.settings):
+                    raise ValueError(
+                        f"trial {trial} of {method} on {self.name} was {done[job.key]['settings']} and is "
+                        f"{written(job.settings)}: take another --output-dir"
+                    )
+        # By seed, so that the processes read one bank at a time.
+        return sorted(jobs, key=lambda job: (job.phase == TEST, job.seed))
 
-    def _student(self, method: str, seed: int, batch: int, teacher: nn.Module) -> list[float]:
-        model = self._new(self.task.student, seed)
-        return self._train(model, method, seed, batch, self.task.epochs, teacher, self.settings.lr)
-
-    def _train(self, model, method, seed, batch, epochs, teacher, lr) -> list[float]:
-        """Test accuracy after every epoch; ``model`` ends trained."""
-        from benchmarks.methods.losses import OnEmbeddings
-        from vrm_distill.data import plain_loader
-        from vrm_distill.engine import count_correct, cross_entropy_loss, distillation_loss
-        from vrm_distill.trainer import Trainer
-
-        loss_fn = {**METHODS, **ABLATIONS}[method](self.task)
-        same_view = method == NO_VIRTUAL_VIEW
-
-        def objective(model, real, virtual, labels, _):
-            if loss_fn is None:
-                return cross_entropy_loss(model, real, virtual, labels, "both")
-            if isinstance(loss_fn, OnEmbeddings):
-                return loss_fn(teacher, model, real, virtual, labels), {}
-            virtual = real if same_view else virtual
-            return distillation_loss(teacher, model, real, virtual, labels, loss_fn)
-
-        settings = replace(self.settings, batch_size=batch)
-        trainer = Trainer(self.accelerator, model, self.data, settings, objective, epochs=epochs, lr=lr, seed=seed)
-        accuracies = []
-        while not trainer.finished:
-            trainer.epoch()
-            correct, seen = count_correct(
-                trainer.result, plain_loader(self.data.test), self.accelerator.device, self.data.normalized
-            )
-            accuracies.append(correct.item() / seen)
-            trainer.next_epoch()
-        trainer.close()
-        return accuracies
-
-    def _new(self, name: str, seed: int) -> nn.Module:
-        from vrm_distill.models import create_model
-
-        torch.manual_seed(seed)
-        return create_model(name, self.data.in_channels, self.data.classes).to(self.accelerator.device)
+    def _mine(self, rows: Iterable[Row]) -> list[Row]:
+        return [row for row in rows if row["dataset"] == self.name]
 
 
-def _todo(name: str, options: argparse.Namespace, rows: list[dict[str, str]]) -> list[tuple[str, int, int]]:
-    """What :func:`_runs` has and the rows have not.
-
-    Raises:
-        ValueError: the rows are of trainings of another length.
-    """
-    mine, epochs = [row for row in rows if row["dataset"] == name], _task(name, options).epochs
-    if other := {row["epochs"] for row in mine} - {str(epochs)}:
-        raise ValueError(
-            f"argument --epochs: {options.output_dir / CSV} has students of {name} trained for {', '.join(other)} "
-            f"epochs, these would be for {epochs}: take another --output-dir"
-        )
-    done = {(row["method"], int(row["seed"]), int(row["batch_size"])) for row in mine}
-    return [run for run in _runs(name, options) if run not in done]
+def choose(rows: Iterable[Row]) -> int:
+    """The trial with the best validation accuracy; among equals, the lowest cross-entropy there."""
+    trials = [row for row in rows if row["phase"] == TRIAL]
+    return int(max(trials, key=lambda row: (float(row["validation"]), -float(row["validation_ce"])))["trial"])
 
 
-def _runs(name: str, options: argparse.Namespace) -> list[tuple[str, int, int]]:
-    """``(method, seed, batch size)``: methods everywhere, the ablations and the batch sizes where asked for."""
-    methods = [*METHODS, *(ABLATIONS if name in options.ablate else ())]
-    methods = [method for method in methods if not options.methods or method in options.methods]
-    runs = [(method, seed, options.batch_size) for method in methods for seed in range(options.seeds)]
-    if name in options.ablate:
-        sizes = [size for size in BATCH_SIZES if size != options.batch_size]
-        compared = [method for method in BATCH_METHODS if method in methods]
-        runs += [(method, seed, size) for size in sizes for method in compared for seed in range(options.seeds)]
-    return runs
+def written(settings: dict[str, float]) -> str:
+    return " ".join(f"{name}={value:g}" for name, value in settings.items())
+
+
+# ---- in the processes ------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _data(task: Task):
+    from vrm_distill.data import open_dataset
+
+    return open_dataset(task.source, train_images=task.train_images)
+
+
+@lru_cache(maxsize=1)
+def teacher(task: Task, scratch: Path):
+    """``(teacher, its accuracy on the test images)``: trained on both views, or from an earlier call."""
+    from benchmarks.methods import bank
+    from benchmarks.methods.student import judge, new_model, train
+    from vrm_distill.checkpoint import load_checkpoint, save_checkpoint
+
+    data = _data(task)
+    made_by = f"{task.teacher}, {task.teacher_epochs} epochs, {len(data.train)} images, torch {torch.__version__}"
+    path = scratch / f"teacher-{_digest(task.source, made_by)}.safetensors"
+    if path.exists():
+        model, metadata = load_checkpoint(path)
+        return model, float(metadata["test_accuracy"])
+    model = new_model(task.teacher, data, TEACHER_SEED)
+    batches = bank.make(data, TEACHER_SEED, task.teacher_epochs, None, views=2)
+    train(model, batches, METHODS["ce"], {"lr": TEACHER_LR})
+    accuracy, _ = judge(model, data.test, data)
+    keys = {"model": task.teacher, "in_channels": data.in_channels, "classes": data.classes}
+    save_checkpoint(path, model, {**keys, "made_by": made_by, "test_accuracy": accuracy})
+    return model, accuracy
+
+
+def bank_path(task: Task, scratch: Path, seed: int) -> Path:
+    """Where the bank of a seed is; its name says what it depends on."""
+    model, _ = teacher(task, scratch)
+    weights = hashlib.sha256(b"".join(x.numpy().tobytes() for x in model.state_dict().values())).hexdigest()
+    parts = (task.source, task.epochs, len(_data(task).train), weights, torch.__version__)
+    return scratch / f"bank-{_digest(*parts)}-{seed}.pt"
+
+
+def bank_file(task: Task, scratch: Path, seed: int) -> None:
+    """Make the bank of a seed, if it is not there."""
+    from benchmarks.methods import bank
+
+    path = bank_path(task, scratch, seed)
+    if not path.exists():
+        bank.make(_data(task), seed, task.epochs, teacher(task, scratch)[0]).save(path)
+
+
+@lru_cache(maxsize=1)
+def _bank(path: Path):
+    from benchmarks.methods.bank import Bank
+
+    return Bank.load(path)
+
+
+def student(job: Job) -> Row:
+    """Train and judge one student: its row. One that diverged has the accuracy of a guess, and is never chosen."""
+    import vrm_kernels
+    from benchmarks.methods.student import judge, new_model, train
+
+    data = _data(job.task)
+    bank = _bank(bank_path(job.task, job.scratch, job.seed))
+    model = new_model(job.task.student, data, job.seed)
+    started = time.perf_counter()
+    finite = train(model, bank, METHODS[job.method], job.settings)
+    seconds = time.perf_counter() - started
+    guess = 1 / data.classes, float("inf")
+    accuracy, cross_entropy = judge(model, data.validation, data) if finite else guess
+    test = ""
+    if job.phase == TEST:
+        test = f"{(judge(model, data.test, data) if finite else guess)[0]:.6f}"
+    return {
+        "dataset": job.name,
+        "phase": job.phase,
+        "method": job.method,
+        "trial": str(job.trial),
+        "seed": str(job.seed),
+        "settings": written(job.settings),
+        "validation": f"{accuracy:.6f}",
+        "validation_ce": f"{cross_entropy:.6f}",
+        "test": test,
+        "teacher": f"{teacher(job.task, job.scratch)[1]:.6f}",
+        "seconds": f"{seconds:.1f}",
+        "vrm_kernels": vrm_kernels.__version__,
+        "torch": torch.__version__,
+    }
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+def _each(pool: ProcessPoolExecutor, work, jobs: Iterable):
+    """Results as they come; after a fault what was not begun is left."""
+    futures = [pool.submit(work, job) for job in jobs]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+def _all(pool: ProcessPoolExecutor, work, arguments: Iterable[tuple]) -> None:
+    for _ in _each(pool, _apply, [(work, x) for x in arguments]):
+        pass
+
+
+def _apply(call) -> None:
+    work, arguments = call
+    work(*arguments)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def _task(name: str, options: argparse.Namespace) -> Task:
     """The task with what the command line says instead."""
     task = TASKS[name]
-    folder = getattr(options, name, None) if name in _FOLDERS else None
-    told = {key: getattr(options, key) for key in ("epochs", "teacher_epochs", "train_images")}
+    folder = getattr(options, name) if name in _FOLDERS else None
+    told = {key: getattr(options, key) for key in ("epochs", "teacher_epochs", "train_images", "seeds")}
     told["source"] = folder and f"{task.source.partition(':')[0]}:{folder}"
     return replace(task, **{key: value for key, value in told.items() if value})
 
 
-def _versions() -> dict[str, str]:
-    import vrm_kernels
-
-    return {"vrm_kernels": vrm_kernels.__version__, "torch": torch.__version__}
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods.train", description=__doc__.splitlines()[0])
-    every = (*METHODS, *ABLATIONS)
     parser.add_argument("--datasets", nargs="+", choices=TASKS, default=["digits"])
+    count = {"type": command.integer(1), "metavar": "N"}
     parser.add_argument(
-        "--ablate",
-        nargs="*",
-        choices=TASKS,
-        default=["digits"],
-        help="where to run VRM's ablations and other batch sizes, too",
-    )
-    parser.add_argument(
-        "--methods", nargs="+", choices=every, metavar="METHOD", help=f"only these of {', '.join(every)}"
+        "--methods", nargs="+", choices=METHODS, metavar="METHOD", help=f"only these of {', '.join(METHODS)}"
     )
     parser.add_argument("--fashion", metavar="FOLDER", help="Fashion-MNIST's IDX files, if not where Debian has them")
     parser.add_argument("--omniglot", metavar="FOLDER", help="Omniglot's two small background archives")
-    parser.add_argument("--seeds", type=command.integer(1), metavar="N", default=5, help="students of each kind")
-    parser.add_argument("--batch-size", type=command.integer(LOCAL_PARTS), metavar="N", default=64)
-    parser.add_argument("--lr", type=command.number(0, exclusive=True), default=0.01, help="of the students")
-    parser.add_argument("--epochs", type=command.integer(1), metavar="N", help="instead of the dataset's own")
-    parser.add_argument("--teacher-epochs", type=command.integer(1), metavar="N", help="likewise")
-    parser.add_argument("--train-images", type=command.integer(1), metavar="N", help="likewise")
-    parser.add_argument("--device", choices=("cpu", "auto"), default="cpu", help="auto takes a GPU if there is one")
-    parser.add_argument("--threads", type=command.integer(1), metavar="N", default=1)
+    parser.add_argument("--trials", **count, default=10, help="of each method, on validation images (default: 10)")
+    parser.add_argument("--seeds", **count, help="students of each method on test images, instead of the dataset's own")
+    parser.add_argument("--epochs", **count, help="likewise")
+    parser.add_argument("--teacher-epochs", **count, help="likewise")
+    parser.add_argument("--train-images", **count, help="likewise")
+    parser.add_argument("--processes", **count, default=2, help="of one thread each, a student each (default: 2)")
     parser.add_argument("--output-dir", type=Path, metavar="FOLDER", default=RESULTS)
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", default=SCRATCH, help="for teachers and batches")
     return parser
 
 
