@@ -75,7 +75,7 @@ template <class T> double softmax_row(const SoftmaxRow<T>& row) {
   const T top = horizontal_max<T>(most);
 
   T* const powers = row.probs != nullptr ? row.probs : row.log_probs != nullptr ? row.log_probs
-                                                                               : row.grad;
+                                                                                : row.grad;
   Vec<T> total{};
   for (int64_t c = 0; c < classes; c += lanes) {
     const Vec<T> e = exponential<T>(load_part(x + c, classes - c, top) - top);
