@@ -1,4 +1,4 @@
-"""Dense prediction: every pixel is a sample, and the relations are those of some pixels of a batch.
+"""Dense prediction: pixels are samples, and the relations are those of some pixels of a batch, drawn anew each step.
 
     python examples/dense.py
 
@@ -11,6 +11,7 @@ from digits import parts
 from torch import Tensor, nn
 
 from vrm_kernels import VRMLoss
+from vrm_kernels.dense import sample_locations
 
 BACKGROUND, CLASSES, IGNORED = 10, 11, 255
 PIXELS = 256  # of a batch: the relations' cost grows with its square
@@ -35,17 +36,6 @@ def network(width: int) -> nn.Sequential:
     for channels, dilation in ((1, 1), (width, 1), (width, 2), (width, 2)):
         layers += [nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation), nn.BatchNorm2d(width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, CLASSES, 1))
-
-
-def pick_pixels(target: Tensor, budget: int) -> Tensor:
-    """Indices of up to ``budget`` pixels that have a label, drawn anew in each step, in ``target.flatten()``."""
-    labelled = (target.flatten() != IGNORED).nonzero().squeeze(1)
-    return labelled[torch.randperm(len(labelled), device=target.device)[:budget]]
-
-
-def rows(logits: Tensor, pixels: Tensor) -> Tensor:
-    """The logits ``[P, C]`` of those pixels, from ``[B, C, H, W]``."""
-    return logits.movedim(1, -1).flatten(0, -2)[pixels]
 
 
 def per_pixel(model: nn.Module, images: Tensor, target: Tensor) -> float:
@@ -75,9 +65,9 @@ for step in range(100):
     logits_real, logits_virtual = student(real), student(virtual)
     with torch.no_grad():
         teacher_real, teacher_virtual = teacher(real), teacher(virtual)
-    pixels = pick_pixels(target, PIXELS)
-    views = (rows(x, pixels) for x in (logits_real, logits_virtual, teacher_real, teacher_virtual))
-    relations = loss_fn(*views, None)
+    views = (logits_real, logits_virtual, teacher_real, teacher_virtual)
+    rows, _ = sample_locations(views, target, PIXELS, seed=step, ignore_index=IGNORED)
+    relations = loss_fn(*rows, None)
     cross_entropy = sum(F.cross_entropy(x, target, WEIGHT, ignore_index=IGNORED) for x in (logits_real, logits_virtual))
     loss = cross_entropy + relations
     optimizer.zero_grad()
