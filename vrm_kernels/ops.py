@@ -172,9 +172,10 @@ class _Rule(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * ctx.arguments
         *grads, first, second = ctx.saved_tensors
+        scale = not _is_one(grad_loss)
         # The saved gradients are float32 at least, so that a loss scale is applied before anything is rounded to half.
         grads = [
-            (grad * grad_loss).to(x.dtype) if needed else None
+            (grad * grad_loss if scale else grad).to(x.dtype) if needed else None
             for grad, x, needed in zip(grads, (first, second), ctx.needs_input_grad[1:3], strict=True)
         ]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
@@ -196,6 +197,18 @@ class _OnceDifferentiated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(NO_DOUBLE_BACKWARD)
+
+
+def _is_one(grad_loss: Tensor) -> bool:
+    """Whether the upstream gradient is 1, as of ``loss.backward()``, and that is known without waiting: on the CPU,
+    where nothing traces or batches."""
+    return (
+        type(grad_loss) is Tensor
+        and grad_loss.device.type == "cpu"
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+        and grad_loss.item() == 1
+    )
 
 
 def _has_tangent(x: Tensor) -> bool:

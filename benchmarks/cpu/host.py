@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     logits = [torch.randn(BATCH, CLASSES, requires_grad=k < 2) for k in range(4)]
     labels = torch.randint(CLASSES, (BATCH,))
-    entry = Entry("nothing", "nothing:Nothing", (), lambda: (True, "does nothing"))
+    entry = Entry("nothing", "nothing:Nothing", (), lambda device: (True, "does nothing"))
     load = lambda self: nothing if self is entry else _load(self.implementation)  # noqa: E731
     nothing = Nothing()
     with mock.patch.dict(backends.REGISTRY, nothing=entry), mock.patch.object(Entry, "load", load):

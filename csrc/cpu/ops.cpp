@@ -20,6 +20,13 @@ Tensor prepare(const Tensor& x, ScalarType type) {
   return y.stride(1) == 1 || y.stride(0) == 1 ? y : torch::stable::contiguous(y);
 }
 
+// The two tensors of one side are dense the same way.
+std::pair<Tensor, Tensor> prepare_side(const Tensor& student, const Tensor& teacher, ScalarType type) {
+  const Tensor s = prepare(student, type), t = prepare(teacher, type);
+  if ((s.stride(1) == 1 && t.stride(1) == 1) || (s.stride(0) == 1 && t.stride(0) == 1)) return {s, t};
+  return {torch::stable::contiguous(s), torch::stable::contiguous(t)};
+}
+
 Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 template <class T> Strided<T> rows_of(const Tensor& x) {
@@ -90,7 +97,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, c
     l = prepare(log_of(convert(*probs_b, type), kEntropyEps), type);
   }
   const auto run = type == ScalarType::Double ? relation_graph<double> : relation_graph<float>;
-  return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, rank,
+  const auto [student_a, fixed_a] = prepare_side(a, teacher_a, type);
+  const auto [student_b, fixed_b] = prepare_side(b, teacher_b, type);
+  return run(student_a, student_b, fixed_a, fixed_b, p, l, rank,
              lerp_weight, delta, eps, exclude_self, need_grad);
 }
 
@@ -160,7 +169,9 @@ Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teache
     l = prepare(*log_probs_b, type);
   }
   const auto run = type == ScalarType::Double ? relation_share<double> : relation_share<float>;
-  return run(prepare(a, type), prepare(b, type), prepare(teacher_a, type), prepare(teacher_b, type), p, l, entropy, grad_a,
+  const auto [student_a, fixed_a] = prepare_side(a, teacher_a, type);
+  const auto [student_b, fixed_b] = prepare_side(b, teacher_b, type);
+  return run(student_a, student_b, fixed_a, fixed_b, p, l, entropy, grad_a,
              grad_b, threshold, kept, edges, weight, delta, eps, exclude_self, need_grad);
 }
 

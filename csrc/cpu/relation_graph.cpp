@@ -30,7 +30,7 @@ constexpr int64_t kStoredEntropyBytes = int64_t{72} << 20;
 constexpr int64_t kFoundBytes = int64_t{48} << 20;     // candidates of the threshold's selection
 constexpr int64_t kEntropyColumnPanels = 16;           // of a recomputed block
 constexpr int64_t kOneThread = int64_t{1} << 17;       // multiply-adds under which all graphs are one thread's work ...
-constexpr int64_t kThreadPerGraph = int64_t{1} << 21;  // ... and under which each graph is
+constexpr int64_t kThreadPerGraph = int64_t{1} << 18;  // ... and under which each graph is
 
 // The dense form (see prefers_dense) pays from these sizes and this share of kept edges on, and works in such blocks.
 constexpr int64_t kDenseDims = 64, kDenseEdges = int64_t{1} << 14;

@@ -95,7 +95,9 @@ class Team {
 #endif
   }
 
-  static constexpr int kSpins = 4000;  // phases differ by less, unless the machine is busy with something else
+  // Milliseconds, as OpenMP's own barriers spin: a thread that sleeps on a busy machine has its processor back only after
+  // everyone else's turn, many times the whole loss.
+  static constexpr int kSpins = 100000;
   const int64_t rank_, size_;
   int phase_ = 0;  // barriers passed
   Shared& shared_;

@@ -26,4 +26,4 @@ def test_a_student_whose_logits_are_equal_gets_a_gradient_of_one_over_eps(any_ba
         float(evaluate(any_backend, [*zeros, *teacher], eps=eps, unreliable_pruning_percentile=100.0).grads[0].norm())
         for eps in (1e-7, 1e-2)
     ]
-    assert sizes[0] / sizes[1] == pytest.approx(1e5, rel=1e-6) and sizes[1] < 1e3
+    assert sizes[0] / sizes[1] == pytest.approx(1e5, rel=1e-2) and sizes[0] > 1e5

@@ -49,38 +49,68 @@ template <class T> double spread(Strided<T> m, int64_t count, int64_t step, int6
   return sum;
 }
 
+// Of one register of elements: the student, scaled, and the teacher, both centred, and their residual.
+template <class T> VRM_INLINE void centre(Vec<T> s, Vec<T> t, Vec<T> cs, Vec<T> ct, T scale, Vec<T> out[3]) {
+  out[0] = scale * (s - cs);
+  out[1] = t - ct;
+  out[2] = (scale * s - t) - (scale * cs - ct);  // student minus teacher first: exact where they have nearly converged
+}
+
+// One step of a transposition: swaps the off-diagonal quarters of each square of 2 D elements of rows i and i + D.
+template <class T, int D, int... Lane>
+VRM_INLINE void swap_quarters(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
+  constexpr int lanes = kLanes<T>;
+  const Vec<T> upper = __builtin_shufflevector(a, b, ((Lane & D) == 0 ? Lane : lanes + Lane - D)...);
+  b = __builtin_shufflevector(a, b, ((Lane & D) == 0 ? Lane + D : lanes + Lane)...);
+  a = upper;
+}
+template <class T, int D = kLanes<T> / 2> VRM_INLINE void transpose(Vec<T>* rows) {
+  if constexpr (D > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i)
+      if ((i & D) == 0) swap_quarters<T, D>(rows[i], rows[i + D], std::make_integer_sequence<int, kLanes<T>>());
+    transpose<T, D / 2>(rows);
+  }
+}
+
+// The student and the teacher are both dense along the dimensions, or both along the vertices.
 template <class T>
 VRM_INLINE void pack_chunk(const Graph<T>& g, const Side<T>& side, int64_t c, int64_t begin, int64_t end) {
+  constexpr int64_t lanes = kLanes<T>;
   const int64_t width = g.chunks.width_of(c), dims = g.chunks.dims_of(c), k0 = g.chunks.begin(c);
   const T *cs = g.center_s + k0, *ct = g.center_t + k0, scale = g.student_scale;
   T* out = const_cast<T*>(side.vectors(g.chunks, c, begin));
+  Vec<T> parts[3];
   if (side.student.dim_stride == 1 && side.teacher.dim_stride == 1) {
     for (int64_t v = begin; v < end; ++v, out += 3 * width) {
       const T *s = side.student.at(v) + k0, *t = side.teacher.at(v) + k0;
-      for (int64_t k = 0; k < dims; ++k) {
-        out[k] = scale * (s[k] - cs[k]);
-        out[width + k] = t[k] - ct[k];
-        // Student minus teacher first: exact where they have nearly converged.
-        out[2 * width + k] = (scale * s[k] - t[k]) - (scale * cs[k] - ct[k]);
+      for (int64_t k = 0; k < width; k += lanes) {
+        const int64_t n = dims - k;
+        centre<T>(load_part(s + k, n, T(0)), load_part(t + k, n, T(0)), load_part(cs + k, n, T(0)),
+                  load_part(ct + k, n, T(0)), scale, parts);
+        for (int part = 0; part < 3; ++part) store(out + part * width + k, parts[part]);
       }
     }
-  } else {
-    const int64_t vs = side.student.vertex_stride, vt = side.teacher.vertex_stride;
-    for (int64_t k = 0; k < dims; ++k) {
-      const T* s = side.student.at(begin) + (k0 + k) * side.student.dim_stride;
-      const T* t = side.teacher.at(begin) + (k0 + k) * side.teacher.dim_stride;
-      for (int64_t v = 0; v < end - begin; ++v) {
-        T* to = out + v * 3 * width + k;
-        to[0] = scale * (s[v * vs] - cs[k]);
-        to[width] = t[v * vt] - ct[k];
-        to[2 * width] = (scale * s[v * vs] - t[v * vt]) - (scale * cs[k] - ct[k]);
-      }
-    }
+    return;
   }
-  out = const_cast<T*>(side.vectors(g.chunks, c, begin));
-  for (int64_t v = begin; v < end; ++v, out += width)
-    for (int part = 0; part < 3; ++part, out += part < 3 ? width : 0)
-      for (int64_t k = dims; k < width; ++k) out[k] = T(0);
+  for (int64_t v = begin; v < end; v += lanes)
+    for (int64_t k = 0; k < width; k += lanes) {  // a square of so many vertices and dimensions
+      const int64_t n = end - v < lanes ? end - v : lanes;
+      Vec<T> square[3][lanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes; ++r) {
+        square[0][r] = square[1][r] = square[2][r] = Vec<T>{};
+        if (k + r >= dims) continue;
+        const T* s = side.student.at(v) + (k0 + k + r) * side.student.dim_stride;
+        const T* t = side.teacher.at(v) + (k0 + k + r) * side.teacher.dim_stride;
+        centre<T>(load_part(s, n, T(0)), load_part(t, n, T(0)), splat<T>(cs[k + r]), splat<T>(ct[k + r]), scale, parts);
+        for (int part = 0; part < 3; ++part) square[part][r] = parts[part];
+      }
+      for (int part = 0; part < 3; ++part) {
+        transpose<T>(square[part]);
+        for (int64_t r = 0; r < n; ++r) store(out + ((v - begin + r) * 3 + part) * width + k, square[part][r]);
+      }
+    }
 }
 
 template <class T> void pack_side(const Graph<T>& g, const Side<T>& side, int64_t begin, int64_t end) {

@@ -57,13 +57,27 @@ template <class T> VRM_INLINE Vec<T> logarithm(Vec<T> x) {
 // Up to one register of a row's elements, the others `fill`.
 template <class T> VRM_INLINE Vec<T> load_part(const T* p, int64_t n, T fill) {
   if (n >= kLanes<T>) return load(p);
+#if VRM_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_mask_loadu_ps((__m512)splat<T>(fill), static_cast<__mmask16>((1u << n) - 1), p);
+#endif
   Vec<T> v = splat<T>(fill);
   for (int k = 0; k < n; ++k) v[k] = p[k];
   return v;
 }
 template <class T> VRM_INLINE void store_part(T* p, Vec<T> v, int64_t n) {
   if (n >= kLanes<T>) return store(p, v);
+#if VRM_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+#endif
   for (int k = 0; k < n; ++k) p[k] = v[k];
+}
+
+// With zeros in the place of the elements from the n-th on.
+template <class V> VRM_INLINE V first_lanes(V v, int64_t n) {
+  V index;
+  for (int k = 0; k < static_cast<int>(sizeof(V) / sizeof(v[0])); ++k) index[k] = static_cast<decltype(v[0] + 0)>(k);
+  return index < static_cast<decltype(v[0] + 0)>(n) ? v : V{};
 }
 
 template <class T> double softmax_row(const SoftmaxRow<T>& row) {
@@ -78,13 +92,9 @@ template <class T> double softmax_row(const SoftmaxRow<T>& row) {
                                                                                 : row.grad;
   Vec<T> total{};
   for (int64_t c = 0; c < classes; c += lanes) {
-    const Vec<T> e = exponential<T>(load_part(x + c, classes - c, top) - top);
+    const Vec<T> e = exponential<T>(load_part(x + c, classes - c, lowest) - top);
     if (powers != nullptr) store_part(powers + c, e, classes - c);
-    if (classes - c >= lanes) {
-      total += e;
-    } else {
-      for (int k = 0; k < classes - c; ++k) total[k] += e[k];
-    }
+    total += first_lanes(e, classes - c);
   }
   const T sum = horizontal_sum<T>(total), inverse = T(1) / sum;
 
@@ -100,8 +110,8 @@ template <class T> double softmax_row(const SoftmaxRow<T>& row) {
   if (spread_out) {
     Vec<T> q_sum{}, x_sum{};
     for (int64_t c = 0; c < classes; c += lanes) {
-      const Vec<T> q = target(c), qx = q * (load_part(x + c, classes - c, top) - top);
-      for (int k = 0; k < lanes && k < classes - c; ++k) q_sum[k] += q[k], x_sum[k] += qx[k];
+      const Vec<T> q = first_lanes(target(c), classes - c);
+      q_sum += q, x_sum += q * (load_part(x + c, classes - c, top) - top);
     }
     mass = horizontal_sum<T>(q_sum), along = horizontal_sum<T>(x_sum);
   }
