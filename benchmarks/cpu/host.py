@@ -1,7 +1,8 @@
 """What a step costs beside its kernels: ``python -m benchmarks.cpu.host``.
 
 The loss is computed by a backend that does nothing, so that what is left is Python, autograd and the checks: forward,
-forward + backward, and the functions most of it is spent in.
+forward + backward, and the functions most of it is spent in. With ``--staged`` the backend is `triton-staged`, but
+its launches do nothing: what a GPU waits for that is faster than its host.
 """
 
 import argparse
@@ -37,6 +38,16 @@ class Nothing(backends.Backend):
         raise NotImplementedError
 
 
+def without_launches() -> backends.Backend:
+    """`triton-staged`, whose kernels then do not run in this process."""
+    from triton.runtime.jit import JITFunction
+
+    from vrm_kernels.backends.triton.staged.backend import StagedBackend
+
+    JITFunction.run = lambda kernel, *args, grid, warmup, **options: None
+    return StagedBackend()
+
+
 def microseconds(step, repeats: int) -> float:
     """The least of the medians of ten runs: others' work on this machine only adds."""
     medians = []
@@ -54,13 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.host", description=__doc__)
     parser.add_argument("--repeats", type=int, default=1000, help="in each of ten runs (default: %(default)s)")
     parser.add_argument("--profile", type=int, default=12, metavar="N", help="functions shown (default: %(default)s)")
+    parser.add_argument("--staged", action="store_true", help="the host's side of triton-staged, without its launches")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logits = [torch.randn(BATCH, CLASSES, requires_grad=k < 2) for k in range(4)]
     labels = torch.randint(CLASSES, (BATCH,))
     entry = Entry("nothing", "nothing:Nothing", (), lambda device: (True, "does nothing"))
     load = lambda self: nothing if self is entry else _load(self.implementation)  # noqa: E731
-    nothing = Nothing()
+    nothing = without_launches() if args.staged else Nothing()
     with mock.patch.dict(backends.REGISTRY, nothing=entry), mock.patch.object(Entry, "load", load):
         loss_fn = vrm_kernels.VRMLoss(16.0, 8.0, backend="nothing")
 

@@ -6,6 +6,7 @@ their meta-parameters are those of real calls, recorded on tensors without data 
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -28,14 +29,15 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu.triton_faults import faults
 from benchmarks.report.table import rewrite
 from vrm_kernels.backends.contract import GraphSettings, LossSettings, ShareSettings, Sides, Views
-from vrm_kernels.backends.triton import blocks, fused, large, plan, prepare, select
+from vrm_kernels.backends.triton import large, plan
 from vrm_kernels.backends.triton.backend import TritonBackend
+from vrm_kernels.backends.triton.staged import dense_launches
+from vrm_kernels.backends.triton.staged.backend import StagedBackend
 from vrm_kernels.graph import selection
 from vrm_kernels.graph.constants import RELATION_EPS
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "triton.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"
-MODULES = (prepare, select, fused, blocks)
 POINTERS = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -78,6 +80,7 @@ class Call:
     tf32: bool = False
     relation: bool = False
     share: bool = False
+    staged: bool = False
 
 
 CALLS = (
@@ -98,6 +101,16 @@ CALLS = (
     Call(2048, 1000, torch.float32, share=True),
     Call(2048, 1000, torch.float32, 100.0, complete=True, share=True, tf32=True),
     Call(256, 100, torch.float64, share=True),
+    Call(64, 100, torch.float32, staged=True),
+    Call(512, 200, torch.float32, staged=True),
+    Call(64, 1000, torch.float32, complete=True, staged=True),
+    Call(64, 100, torch.bfloat16, need_grad=False, staged=True),
+    Call(64, 100, torch.float64, 100.0, complete=True, staged=True),
+    Call(64, 100, torch.float32, relation=True, staged=True),
+    Call(1024, 1000, torch.float32, staged=True),
+    Call(1024, 1000, torch.float32, 100.0, complete=True, tf32=True, staged=True),
+    Call(4096, 1000, torch.bfloat16, staged=True),
+    Call(1024, 1000, torch.float64, staged=True),
 )
 
 
@@ -105,19 +118,39 @@ CALLS = (
 class Launch:
     """A kernel as it is compiled: everything but the values of its arguments."""
 
+    module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible: tuple[int, ...]  # arguments that are multiples of 16
+    signature: tuple[tuple[str, str | tuple], ...]  # a structure's argument has the structure's types
+    constants: tuple[tuple[tuple[int, ...], object], ...]  # where among the arguments, and what
+    divisible: tuple[tuple[int, ...], ...]  # where multiples of 16 are
     options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """``staged`` kernels have names of their own."""
+        staged = "staged " if ".staged." in self.module else ""
+        return staged + self.kernel.removesuffix("_kernel")
+
+    @property
+    def named_constants(self) -> dict[str, object]:
+        return {self.signature[path[0]][0]: value for path, value in self.constants if len(path) == 1}
 
     @property
     def label(self) -> str:
         """The kernel and those of its constants that tell its variants apart."""
-        dtype = next((kind for _, kind in self.signature if kind in ("*fp64", "*bf16", "*fp16")), "*fp32")
-        flags = [name for name, value in self.constants if value is True]
-        numbers = [f"{n}={v}" for n, v in self.constants if n in ("PASS", "TERMS", "PRECISION", "GRAPHS")]
-        return " ".join([self.kernel.removesuffix("_kernel"), dtype[1:], *numbers, *flags])
+        dtype = next((kind for kind in _flat(self.signature) if kind in ("*fp64", "*bf16", "*fp16")), "*fp32")
+        constants = self.named_constants.items()
+        flags = [name for name, value in constants if value is True]
+        numbers = [f"{n}={v}" for n, v in constants if n in ("PASS", "TERMS", "PRECISION", "GRAPHS", "LEVELS")]
+        return " ".join([self.name, dtype[1:], *numbers, *flags])
+
+
+def _flat(x) -> Iterator[str]:
+    if isinstance(x, tuple):
+        for part in x:
+            yield from _flat(part)
+    else:
+        yield x
 
 
 @dataclass(frozen=True)
@@ -127,6 +160,12 @@ class Resources:
     registers: int
     spilled: int
     shared: int
+
+    def occupancy(self, warps: int, shared_of_multiprocessor: int) -> float:
+        """The share of an NVIDIA multiprocessor's 64 warps that blocks of so many can be, by registers and memory."""
+        of_block = 32 * warps * -(-self.registers // 8) * 8
+        blocks = min(64 // warps, 2**16 // of_block, shared_of_multiprocessor // (self.shared + 1024))
+        return blocks * warps / 64
 
 
 def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
@@ -140,6 +179,7 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
     patches = (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(large, "product", lambda x, y, out: None),
+        mock.patch.object(dense_launches, "product", lambda x, y, out: None),
         mock.patch.object(plan, "on_nvidia", lambda device: nvidia),
     )
     try:
@@ -156,7 +196,7 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
 
 def _make(call: Call) -> None:
     logits = [torch.empty(call.batch, call.classes, dtype=call.dtype, device="meta") for _ in range(4)]
-    backend = TritonBackend()
+    backend = StagedBackend() if call.staged else TritonBackend()
     if call.share:
         _make_share(backend, call, *logits)
     elif call.relation:
@@ -164,8 +204,10 @@ def _make(call: Call) -> None:
         settings = GraphSettings(call.percentile, 1.0, RELATION_EPS, False)
         backend.relation_graph(Sides(*logits), probs, settings, call.need_grad)
     else:
-        settings = LossSettings(16.0, 8.0, False, False, call.percentile, 1.0, RELATION_EPS, call.complete, 0.0, -100)
-        backend.vrm_loss(Views(*logits), None, None, settings, call.need_grad)
+        cross = call.staged  # the others' cross-entropies are torch's
+        settings = LossSettings(16.0, 8.0, cross, cross, call.percentile, 1.0, RELATION_EPS, call.complete, 0.1, -100)
+        labels = torch.empty(call.batch, dtype=torch.int64, device="meta") if cross else None
+        backend.vrm_loss(Views(*logits), labels, None, settings, call.need_grad)
 
 
 def _make_share(backend: TritonBackend, call: Call, a, b, teacher_a, teacher_b) -> None:
@@ -187,30 +229,35 @@ def _make_share(backend: TritonBackend, call: Call, a, b, teacher_a, teacher_b) 
 def _launch(kernel: JITFunction, args: tuple, options: dict) -> Launch:
     """What Triton would specialise the kernel to: dtypes, 64-bit integers, ones, and multiples of 16."""
     values = dict(zip(kernel.arg_names, args, strict=False)) | options
-    signature, constants, divisible = [], [], []
-    for index, parameter in enumerate(kernel.params):
-        value = values.pop(parameter.name)
-        kind = "constexpr"
+    constants, divisible = [], []
+
+    def kind(path: tuple[int, ...], value, constant: bool, specialize: bool):
+        if constant or value is None or (type(value) is int and value == 1 and specialize):
+            constants.append((path, value))
+            return "constexpr"
+        if isinstance(value, tuple):
+            parts = [kind((*path, k), part, False, True) for k, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if isinstance(value, torch.Tensor):
-            kind = POINTERS[value.dtype]
-            divisible.append(index)
-        elif parameter.is_constexpr:
-            constants.append((parameter.name, value))
-        elif isinstance(value, float):
-            kind = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            constants.append((parameter.name, 1))
-        else:
-            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                divisible.append(index)
-        signature.append((parameter.name, kind))
-    return Launch(kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
+            divisible.append(path)
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value % 16 == 0 and specialize:
+            divisible.append(path)
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    signature = tuple(
+        (x.name, kind((k,), values.pop(x.name), x.is_constexpr, not x.do_not_specialize))
+        for k, x in enumerate(kernel.params)
+    )
+    rest = tuple(sorted(values.items()))
+    return Launch(kernel.fn.__module__, kernel.__name__, signature, tuple(constants), tuple(divisible), rest)
 
 
 def source_of(launch: Launch) -> ASTSource:
-    kernel = next(getattr(module, launch.kernel) for module in MODULES if hasattr(module, launch.kernel))
-    attributes = {(index,): [["tt.divisibility", 16]] for index in launch.divisible}
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    attributes = {path: [["tt.divisibility", 16]] for path in launch.divisible}
     return ASTSource(kernel, dict(launch.signature), dict(launch.constants), attributes)
 
 
@@ -220,7 +267,7 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Resources, list[str]
         warnings.simplefilter("always")
         compiled = triton.compile(source_of(launch), target=target.gpu, options=dict(launch.options))
     used = _of_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
-    found = faults(compiled.asm["ttir"], compiled.asm["ttgir"], dict(launch.constants).get("PRECISION"))
+    found = faults(compiled.asm["ttir"], compiled.asm["ttgir"], launch.named_constants.get("PRECISION"))
     return Resources(*used, compiled.metadata.shared), found + [str(warning.message) for warning in told]
 
 
@@ -262,7 +309,7 @@ def faults_of(source: ASTSource, target: Target, options: dict, precision: str |
 
 
 def faults_of_launch(launch: Launch, target: Target) -> list[str]:
-    return faults_of(source_of(launch), target, dict(launch.options), dict(launch.constants).get("PRECISION"))
+    return faults_of(source_of(launch), target, dict(launch.options), launch.named_constants.get("PRECISION"))
 
 
 def _of_cubin(cubin: bytes) -> tuple[int, int]:
@@ -297,14 +344,14 @@ def table(rows: list[tuple[Launch, Target, Resources]]) -> str:
         "| kernel | variants | " + " | ".join(target.name for target in TARGETS) + " |",
         "|---|---:|" + "---:|" * len(TARGETS),
     ]
-    for kernel in dict.fromkeys(launch.kernel for launch, _, _ in rows):
+    for kernel in dict.fromkeys(launch.name for launch, _, _ in rows):
         cells = []
         for target in TARGETS:
-            mine = [r for launch, t, r in rows if t == target and launch.kernel == kernel]
+            mine = [r for launch, t, r in rows if t == target and launch.name == kernel]
             worst = [str(max((getattr(r, k) for r in mine), default="")) for k in ("registers", "spilled", "shared")]
             cells.append(" / ".join(worst) if mine else "not used")
-        variants = len([1 for launch, t, _ in rows if t == TARGETS[0] and launch.kernel == kernel])
-        lines.append(f"| `{kernel.removesuffix('_kernel')}` | {variants} | " + " | ".join(cells) + " |")
+        variants = len([1 for launch, t, _ in rows if t == TARGETS[0] and launch.name == kernel])
+        lines.append(f"| `{kernel}` | {variants} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -82,7 +82,8 @@ def test_all_parts_in_their_order(gpu_check, tmp_path, capsys):
     assert all(f"tests/backends/{name}/test_device.py" in tests[1] for name in ("cuda", "triton"))
     assert "triton or cuda or torch" in tests[2]
     bench = [command for command in commands if part_of(command) == "bench"]
-    assert "--peers cuda triton torch" in bench[0] and "gpu.profile" in bench[1]  # own figures before the peers'
+    # own figures before the peers'
+    assert "--peers cuda triton triton-staged torch" in bench[0] and "gpu.profile" in bench[1]
     assert [command.split("--peers ")[1] for command in bench[2:]] == ["eager chunked", "eager+compile eager+graphs"]
     said = capsys.readouterr().out
     assert said.rstrip().endswith("0 failures") and "| build | ok |" in said
@@ -131,7 +132,8 @@ def test_a_failure_is_told_and_stops_nothing(gpu_check, capsys, broken):
 def test_a_peer_that_takes_its_process_with_it_leaves_the_others(gpu_check):
     _, commands = gpu_check("--parts", "bench", fail="--peers eager chunked")
     alone = [command.split("--peers ")[1] for command in commands if "--peers" in command]
-    assert alone == ["cuda triton torch", "eager chunked", "eager", "chunked", "eager+compile eager+graphs"]
+    ours = "cuda triton triton-staged torch"
+    assert alone == [ours, "eager chunked", "eager", "chunked", "eager+compile eager+graphs"]
 
 
 def test_a_part_that_hangs_is_ended_and_its_time_is_not_the_others(gpu_check, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import itertools
 
 import pytest
 import torch
+import triton_interpreter  # noqa: F401
 from helpers import (
     DTYPES,
     FLOOR,
@@ -31,7 +32,6 @@ from helpers import (
 )
 from process_group import launch
 from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
-from triton.runtime.interpreter import InterpretedFunction
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
@@ -44,20 +44,6 @@ BACKEND = backends.REGISTRY["triton"].load()
 REGIMES = ("small", "large")
 SHAPE = (18, 7)  # two tiles each way over samples, the second ragged, and one over classes
 TURNED = (7, 18)
-
-_call, _patched = InterpretedFunction.__call__, set()
-
-
-def _call_patching_once(self, *args, **kwargs):
-    """The interpreter patches triton.language again at each call of a device function, which takes half of its time.
-    The kernel's launch has done it for what sees the same names, and of Triton's own functions one is enough."""
-    if self.fn.__module__.startswith("vrm_kernels.") or self.fn.__module__ in _patched:
-        return self.rewrite()(*args, **kwargs)
-    _patched.add(self.fn.__module__)
-    return _call(self, *args, **kwargs)
-
-
-InterpretedFunction.__call__ = _call_patching_once
 
 
 def check(case, dtype=torch.float32, floors=FLOOR):

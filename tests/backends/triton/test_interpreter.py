@@ -1,4 +1,4 @@
-"""Runs tests/backends/triton/interpreted.py under Triton's interpreter, on any machine: see there."""
+"""Runs interpreted.py and staged_interpreted.py under Triton's interpreter, on any machine: see there."""
 
 import os
 import subprocess
@@ -8,21 +8,20 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-GROUPS = {"small": "small", "large": "large", "both": "not small and not large"}
+GROUPS = {
+    "small": ("interpreted.py", "small"),
+    "large": ("interpreted.py", "large"),
+    "both": ("interpreted.py", "not small and not large"),
+    "literal": ("staged_interpreted.py", "literal"),
+    "dense": ("staged_interpreted.py", "not literal"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 def test_parity_under_the_interpreter(group):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(HERE / "interpreted.py"),
-        "-k",
-        GROUPS[group],
-        "--durations=5",
-    ]
+    file, names = GROUPS[group]
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-k", names, "--durations=5"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     environment.pop("VRM_TEST_DEVICE", None)
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=900)

@@ -66,7 +66,7 @@ def is_finite(x):
 
 
 @triton.jit
-def quadratic_edge(dot_s, dot_t, dot_w, square_s, square_t, square_w, reach_s, reach_t, delta, eps_s):
+def quadratic_edge(dot_s, dot_t, dot_w, square_s, square_t, square_w, reach_s, reach_t, delta, eps_s, eps_t):
     """``(loss, beta, gamma, usable)`` of edges, from the products and squared norms of the centred vectors.
 
     ``square`` is ``||a||^2 + ||b||^2`` of student, teacher and residual, ``reach`` is ``max|a_c| + max|b_c|``. The
@@ -82,8 +82,8 @@ def quadratic_edge(dot_s, dot_t, dot_w, square_s, square_t, square_w, reach_s, r
     # NaN, and infinity minus infinity, compare false.
     sound = (s2 > CANCELLED * square_s) & (t2 > CANCELLED * square_t)
     ns, nt = root(tl.where(sound, s2, 1.0)), root(tl.where(sound, t2, 1.0))
-    # One division for 1 / (n_S + eps_S), 1 / (n_T + eps), 1 / (n_S + n_T) and 1 / n_S.
-    se, te, both = ns + eps_s, nt + RELATION_EPS, ns + nt
+    # One division for 1 / (n_S + eps_S), 1 / (n_T + eps_T), 1 / (n_S + n_T) and 1 / n_S.
+    se, te, both = ns + eps_s, nt + eps_t, ns + nt
     se_te, both_ns = se * te, both * ns
     product = se_te * both_ns
     in_range = (product > TINY) & (product < HUGE)
@@ -92,9 +92,9 @@ def quadratic_edge(dot_s, dot_t, dot_w, square_s, square_t, square_w, reach_s, r
     u, v, gap = beta * te, beta * se, (s2 - t2) * (rest * ns)
     spread = 0.5 * (h - gap * gap)
     chord = tl.where(spread > 0, spread, 0.0)
-    r = RELATION_EPS * v - eps_s * u
+    r = eps_t * v - eps_s * u
     loss = 0.5 * r * r + beta * chord
-    gamma = u * u * (v * (gap + (eps_s - RELATION_EPS) + chord * (rest * both)) + r)
+    gamma = u * u * (v * (gap + (eps_s - eps_t) + chord * (rest * both)) + r)
     # Either bound keeps every component within delta; the second certifies nearly all edges of an untrained student.
     certified = (2 * loss <= delta * delta) | (reach_s * u + reach_t * v <= delta)
     return loss, beta, gamma, sound & in_range & certified
@@ -103,7 +103,7 @@ def quadratic_edge(dot_s, dot_t, dot_w, square_s, square_t, square_w, reach_s, r
 @triton.jit
 def certified_tile(
     dot_s, dot_t, dot_w, i, j, ranked, stats_ptr, vertices, first_b, entropy, threshold, delta, eps_s,
-    KEEP_ALL: tl.constexpr,
+    eps_t, KEEP_ALL: tl.constexpr,
 ):  # fmt: skip
     """``(loss, beta, gamma, literal)`` of a tile: zero but on kept certified edges; ``literal`` are the others kept.
 
@@ -118,7 +118,7 @@ def certified_tile(
     reach_s = tl.load(a + 3 * vertices, row, 0.0)[:, None] + tl.load(b + 3 * vertices, column, 0.0)[None]
     reach_t = tl.load(a + 4 * vertices, row, 0.0)[:, None] + tl.load(b + 4 * vertices, column, 0.0)[None]
     loss, beta, gamma, usable = quadratic_edge(
-        dot_s, dot_t, dot_w, squares_s, squares_t, squares_w, reach_s, reach_t, delta, eps_s
+        dot_s, dot_t, dot_w, squares_s, squares_t, squares_w, reach_s, reach_t, delta, eps_s, eps_t
     )
     kept = ranked
     if not KEEP_ALL:

@@ -104,7 +104,7 @@ def _edges(
         entropy, limit = tl.load(entropies + at, ranked, 0.0), tl.load(threshold)
     loss, beta, gamma, literal = certified_tile(
         dot_s, dot_t, dot_w, i, j, ranked, stats, vertices, first_b, entropy, limit, delta,
-        tl.load(scale) * RELATION_EPS, KEEP_ALL,
+        tl.load(scale) * RELATION_EPS, RELATION_EPS, KEEP_ALL,
     )  # fmt: skip
     total = tl.sum(loss, 1)
     any_literal = tl.max(tl.max(literal.to(tl.int32), 1), 0)

@@ -1,0 +1,109 @@
+"""The backend `triton-staged`: the stages of docs/gpu.md in Triton.
+
+Nothing here reads the device or branches on what is on it: a call can be captured in a CUDA graph.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vrm_kernels.backends.contract import (
+    GraphResult,
+    GraphSettings,
+    LossResult,
+    LossSettings,
+    Probs,
+    Sides,
+    Views,
+    compute_dtype,
+)
+from vrm_kernels.backends.triton.backend import TritonBackend
+from vrm_kernels.backends.triton.staged import dense_launches, launches
+from vrm_kernels.backends.triton.staged.arrays import Arrays
+from vrm_kernels.backends.triton.staged.launches import Problem
+from vrm_kernels.backends.triton.staged.prepare import Targets
+from vrm_kernels.graph import forms
+
+NO_TARGETS = Targets(None, None)
+MOST_EDGES = 2**28  # whose entropies are stored
+
+
+class StagedBackend(TritonBackend):
+    """The literal form. What the dense form is for, and shares of a graph, are the present kernels'."""
+
+    def vrm_loss(
+        self,
+        views: Views,
+        labels: Tensor | None,
+        class_weight: Tensor | None,
+        settings: LossSettings,
+        need_grad: bool,
+    ) -> LossResult:
+        b, c = views.student_real.shape
+        sides = 2 if settings.complete else 1
+        sizes = ((sides * b, sides * b, c), (sides * c, sides * c, b))
+        form = _form(views, sizes, settings.percentile)
+        if form is None:
+            return super().vrm_loss(views, labels, class_weight, settings, need_grad)
+        alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, *_ = settings
+        problem = Problem(
+            views, None, sizes, (alpha, beta), percentile, delta, eps, complete, complete, need_grad, form
+        )
+        targets = NO_TARGETS
+        if labels is not None and (ce_real or ce_virtual):
+            targets = Targets(labels.contiguous(), None if class_weight is None else class_weight.contiguous())
+        with _on_device(views.student_real):
+            arrays = _run(problem, targets, settings)
+        return LossResult(arrays.loss, *_by_view(arrays.grads, b), arrays.terms, arrays.kept)
+
+    def relation_graph(
+        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
+    ) -> GraphResult:
+        (m, dims), n = sides.a.shape, len(sides.b)
+        percentile, delta, eps, exclude_self = settings
+        if probs is None or percentile >= 100:
+            probs, percentile = None, 100.0
+        sizes = ((m, n, dims),)
+        if _form(sides, sizes, percentile) != "literal":
+            return super().relation_graph(sides, probs, settings, need_grad)
+        problem = Problem(sides, probs, sizes, (1.0, 0.0), percentile, delta, eps, False, exclude_self, need_grad)
+        with _on_device(sides.a):
+            arrays = _run(problem, NO_TARGETS, None)
+        return GraphResult(arrays.loss, *_by_view(arrays.grads, m), arrays.kept[0])
+
+
+def _form(logits: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]], percentile: float) -> forms.Form | None:
+    """None for what the present kernels alone can do: many dimensions, or entropies that do not fit."""
+    vertex = max(dims for _, _, dims in sizes) * compute_dtype(*logits).itemsize
+    if vertex > launches.LITERAL_BYTES or max(m * n for m, n, _ in sizes) > MOST_EDGES:
+        return None
+    return forms.form(sizes, percentile)
+
+
+def _run(problem: Problem, targets: Targets, settings: LossSettings | None) -> Arrays:
+    """All stages; ``settings`` are those of the cross-entropies."""
+    call = launches.lay_out(problem)
+    dense, precision = problem.form == "dense", dense_launches.precision_of(call.logits, call.dtype)
+    launches.prepare(call, targets, settings)
+    if problem.percentile < 100:
+        if dense:
+            dense_launches.entropy(call, precision)
+        else:
+            launches.entropy(call)
+        launches.select(call)
+    if dense:
+        dense_launches.edges(call, precision)
+    launches.literal(call, targets)
+    launches.finish(call, targets, settings)
+    return call.arrays
+
+
+def _by_view(grads: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return (grads[:rows], grads[rows:]) if grads.dim() == 2 else (grads, grads)
+
+
+def _on_device(x: Tensor):
+    """Launches go to the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,244 @@
+"""The stages from the host's side: sizes, arrays, and the launches of each stage, in their order."""
+
+import ctypes
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vrm_kernels.backends.contract import LossSettings, Probs, compute_dtype
+from vrm_kernels.backends.triton.plan import FUSED_MULTIPLY_ADD
+from vrm_kernels.backends.triton.staged.arrays import PADDING, Arrays
+from vrm_kernels.backends.triton.staged.entropy import entropy_kernel
+from vrm_kernels.backends.triton.staged.finish import finish_kernel
+from vrm_kernels.backends.triton.staged.literal import literal_kernel
+from vrm_kernels.backends.triton.staged.prepare import CLASS_INDICES, NO_TARGET, PROBABILITIES, Targets, prepare_kernel
+from vrm_kernels.backends.triton.staged.select import FIELDS, bracket_kernel, count_kernel, exact_kernel
+from vrm_kernels.graph import forms, pruning
+
+# Meta-parameters of each kernel.
+PREPARE = {"BLOCK": 1024, "num_warps": 4}
+ENTROPY = {"BLOCK": 32, "DEPTH": 16, "num_warps": 4}
+# Smaller tiles where there are few, so that most multiprocessors have one.
+FEW_EDGES, ENTROPY_FEW = 2**16, {"BLOCK": 16, "DEPTH": 32, "num_warps": 4}
+BRACKET = {"num_warps": 16}
+COUNT = {"BLOCK": 4096, "num_warps": 8}
+EXACT = {"BLOCK": 4096, "num_warps": 16}
+LITERAL = {"CHUNK": 128, "num_warps": 8}
+LITERAL_TILE = 2048  # components of a tile, in float32
+LITERAL_BYTES = 2**14  # of a vertex, which is in registers of one block
+DENSE = {"ROWS": 8, "COLUMNS": 128, "num_warps": 8}
+FINISH = {"BLOCK": 32, "num_warps": 4}
+
+
+class Problem(NamedTuple):
+    """The graphs of one call: ``sizes`` are ``(m, n, dims)`` of each. ``probs`` rank the edges of a graph alone, else
+    the logits do; without either all are kept."""
+
+    logits: tuple[Tensor, Tensor, Tensor, Tensor]
+    probs: Probs | None
+    sizes: tuple[tuple[int, int, int], ...]
+    weights: tuple[float, float]
+    percentile: float
+    delta: float
+    eps: float
+    complete: bool
+    exclude_self: bool
+    need_grad: bool
+    form: forms.Form = "literal"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A problem laid out: its arrays, and what every kernel is told."""
+
+    problem: Problem
+    logits: tuple[Tensor, ...]
+    arrays: Arrays
+    rows: int  # of a view of logits, padded
+    vertices_of: tuple[int, ...]  # each graph
+    tiles: tuple[int, ...]  # of edges, of each graph, in the dense form; else 0
+    depths: tuple[int, ...]  # of a row of probabilities, padded
+    rooms: tuple[int, ...]  # for what a bracket leaves
+    levels: int
+    capacity: int  # of a vertex' list of edges
+    common: dict
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.arrays.loss.dtype
+
+    @property
+    def edges(self) -> list[int]:
+        """That exist, of each graph."""
+        return [pruning.edge_count(m, n, self.problem.exclude_self) for m, n, _ in self.problem.sizes]
+
+    @property
+    def weights(self) -> tuple[tuple[float, float], ...]:
+        return tuple(map(parts, self.problem.weights))
+
+
+def lay_out(problem: Problem) -> Call:
+    dtype = compute_dtype(*problem.logits)
+    mixed = len({x.dtype for x in problem.logits}) > 1
+    logits = tuple((x.to(dtype) if mixed else x).contiguous() for x in problem.logits)
+    (rows_a, classes), rows_b = logits[0].shape, len(logits[1])
+    sizes, ranked, probs = problem.sizes, problem.percentile < 100, problem.probs
+    rows = padded(max(rows_a, rows_b))
+    vertices = (rows_a + rows_b, 2 * classes)[: len(sizes)]
+    dense = problem.form == "dense"
+    tiles = tuple(dense * blocks(m, DENSE["ROWS"]) * blocks(n, DENSE["COLUMNS"]) for m, n, _ in sizes)
+    edges = [m * n for m, n, _ in sizes]
+    levels = max(map(forms.levels, edges)) if ranked else 0
+    depths = tuple(padded(probs[0].shape[1] if probs else dims) for _, _, dims in sizes)
+    rooms = tuple(padded(forms.candidates(n) * 3 // 2 + 1024) if levels else 0 for n in edges)
+    capacity = max(m + n if problem.complete else max(m, n) for m, n, _ in sizes)
+    matrix = sum(v * padded(dims) for v, (_, _, dims) in zip(vertices, sizes, strict=True))
+    ranking = sum(v * depth for v, depth in zip(vertices, depths, strict=True))
+    floats = {
+        "vertices": 2 * matrix,
+        "probs": ranking,
+        "surprisals": ranking,
+        "cross_entropy": 4 * rows,
+        "entropies": sum(edges) if ranked or dense else 0,
+        "collected": 2 * forms.SAMPLE + levels * sum(rooms) if levels else 0,
+        "thresholds": 2,
+        "losses": sum(vertices),
+        "partial": matrix if problem.need_grad else 0,
+        "summary": 4,
+        "tile_losses": sum(tiles),
+    }
+    # One allocation for all that nobody keeps, cut up where 16 bytes begin.
+    lengths = [padded(count) for count in floats.values()]
+    new = functools.partial(torch.empty, device=logits[0].device)
+    lists = padded(sum(vertices) * capacity)
+    integers = new(lists + 4 * rows + sum(tiles), dtype=torch.int32)
+    arrays = Arrays(
+        **dict(zip(floats, new(sum(lengths), dtype=dtype).split(lengths), strict=True)),
+        lists=integers[:lists],
+        finite=integers[lists : lists + 4 * rows],
+        flags=integers[lists + 4 * rows :],
+        brackets=new(levels * 2 * FIELDS.value, dtype=torch.int64),
+        kept=new(2, dtype=torch.int64),
+        grads=new((rows_a + rows_b, classes) if problem.need_grad else 0, dtype=dtype),
+        loss=new((), dtype=dtype),
+        terms=new(4, dtype=dtype),
+    )
+    common = {
+        "arrays": arrays, "rows_a": rows_a, "rows_b": rows_b, "classes": classes, "COMPLETE": problem.complete,
+        **FUSED_MULTIPLY_ADD,
+    }  # fmt: skip
+    return Call(problem, logits, arrays, rows, vertices, tiles, depths, rooms, levels, capacity, common)
+
+
+def prepare(call: Call, targets: Targets, settings: LossSettings | None) -> None:
+    both = len(call.problem.sizes) == 2
+    prepare_kernel[(4 * call.rows,)](
+        logits=call.logits, targets=targets, **call.common, counters=call.arrays.brackets.numel(),
+        ignore_index=settings.ignore_index if settings else 0,
+        smoothing=parts(settings.label_smoothing if settings else 0.0),
+        BOTH_GRAPHS=both, SOFTMAX=both, TARGET=kind(targets), NEED_GRAD=call.problem.need_grad,
+        **wider(PREPARE | {"BLOCK": min(PREPARE["BLOCK"], power_of_two(call.common["classes"]))}, call.dtype),
+    )  # fmt: skip
+    if call.problem.probs is not None:
+        _use(call, call.problem.probs)
+
+
+def _use(call: Call, probs: Probs) -> None:
+    """Lay out probabilities of the caller's as those of the logits would be."""
+    p, q = (x.to(call.arrays.probs.dtype) for x in probs)
+    call.arrays.finite[:1].logical_and_((p.sum() + q.sum()).isfinite())
+    for out, x, first in ((call.arrays.probs, p, 0), (call.arrays.surprisals, -pruning.log_probs(q), len(p))):
+        out = out[: (len(p) + len(q)) * call.depths[0]].view(-1, call.depths[0])[first : first + len(x)]
+        out.zero_()
+        out[:, : x.shape[1]] = x
+
+
+def entropy(call: Call) -> None:
+    meta = ENTROPY_FEW if sum(call.edges) < FEW_EDGES else ENTROPY
+    tiles = sum(blocks(m, meta["BLOCK"]) * blocks(n, meta["BLOCK"]) for m, n, _ in call.problem.sizes)
+    entropy_kernel[(tiles,)](
+        **call.common, depth_0=call.depths[0], depth_1=call.depths[-1], EXCLUDE_SELF=call.problem.exclude_self, **meta
+    )
+
+
+def select(call: Call) -> None:
+    """One launch, and two more for each bracket."""
+    graphs, dtype = len(call.problem.sizes), call.dtype
+    (rank_0, weight_0), *_, (rank_1, weight_1) = 2 * [
+        pruning.rank(call.problem.percentile / 100, count, dtype) for count in call.edges
+    ]
+    common = call.common | {
+        "rank_0": rank_0, "rank_1": rank_1, "capacity_0": call.rooms[0], "capacity_1": call.rooms[-1],
+    }  # fmt: skip
+    sources = [m * n for m, n, _ in call.problem.sizes]
+    for level in range(call.levels):
+        bracket_kernel[(graphs,)](**common, LEVEL=level, **BRACKET)
+        jobs = [blocks(count, COUNT["BLOCK"]) for count in sources]
+        count_kernel[(sum(jobs),)](**common, jobs_0=jobs[0], LEVEL=level, **wider(COUNT, dtype))
+        sources = list(call.rooms)
+    block = min(EXACT["BLOCK"], power_of_two(max(sources)))
+    exact_kernel[(graphs,)](
+        **common, weights=(parts(weight_0), parts(weight_1)), LEVELS=call.levels, **EXACT | {"BLOCK": block}
+    )
+
+
+def literal(call: Call, targets: Targets) -> None:
+    problem, edges, dense = call.problem, call.edges, call.problem.form == "dense"
+    widths = [power_of_two(padded(dims)) for _, _, dims in problem.sizes]
+    others = [max(1, 4 * LITERAL_TILE // call.dtype.itemsize // width) for width in widths]
+    meta = wider(LITERAL, call.dtype)
+    literal_kernel[(1 + sum(call.vertices_of),)](
+        **call.common, rows=call.rows, capacity=call.capacity, edges_0=edges[0], edges_1=edges[-1],
+        weights=call.weights, delta=parts(problem.delta), eps=parts(problem.eps),
+        EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=problem.percentile >= 100, NEED_GRAD=problem.need_grad,
+        TARGET=kind(targets), TILE_ROWS=dense * DENSE["ROWS"], TILE_COLUMNS=dense * DENSE["COLUMNS"],
+        WIDTH_0=widths[0], OTHERS_0=others[0], WIDTH_1=widths[-1], OTHERS_1=others[-1],
+        **meta,
+    )  # fmt: skip
+
+
+def finish(call: Call, targets: Targets, settings: LossSettings | None) -> None:
+    rows_a, rows_b, classes = (call.common[name] for name in ("rows_a", "rows_b", "classes"))
+    tiles = (blocks(rows_a, FINISH["BLOCK"]) + blocks(rows_b, FINISH["BLOCK"])) * blocks(classes, FINISH["BLOCK"])
+    counted = settings if targets.labels is not None else None
+    finish_kernel[(1 + tiles * call.problem.need_grad,)](
+        **call.common, tiles_0=call.tiles[0], tiles_1=call.tiles[-1], weights=call.weights,
+        BOTH_GRAPHS=len(call.problem.sizes) == 2,
+        CE_REAL=counted is not None and counted.ce_real,
+        CE_VIRTUAL=counted is not None and counted.ce_virtual, **FINISH,
+    )  # fmt: skip
+
+
+def kind(targets: Targets) -> int:
+    if targets.labels is None:
+        return NO_TARGET.value
+    return PROBABILITIES.value if targets.labels.dtype.is_floating_point else CLASS_INDICES.value
+
+
+def padded(n: int) -> int:
+    return blocks(n, PADDING.value) * PADDING.value
+
+
+def blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def power_of_two(n: int) -> int:
+    """The one at or above ``n``; at least 16."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def wider(meta: dict, dtype: torch.dtype) -> dict:
+    """A kernel's meta-parameters with twice the threads for float64, which takes two registers a number."""
+    return meta | {"num_warps": meta["num_warps"] * dtype.itemsize // 4}
+
+
+@functools.lru_cache(maxsize=1024)
+def parts(x: float) -> tuple[float, float]:
+    """``x`` as the sum of two float32 numbers, which is what a kernel can be given of it."""
+    high = ctypes.c_float(x).value
+    return (high, x - high) if math.isfinite(high) else (high, 0.0)

@@ -1,0 +1,172 @@
+"""Stage 4: kept edges component by component, from either end. See docs/gpu.md, and csrc/edge.h for the formula."""
+
+import triton
+import triton.language as tl
+
+from vrm_kernels.backends.triton.edge import COUNT_EPS, number, root, wide
+from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, sizes_of
+from vrm_kernels.backends.triton.staged.prepare import NO_TARGET
+
+
+@triton.jit
+def _append(
+    lists, entropies, stride, flags, flag_stride, first, self_at, others, limit, total,
+    KEEP_ALL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Append to a vertex' list the ends ``first + k`` of those of its edges ``k < others`` that are to be visited.
+
+    With a TILE, that many edges share a flag: only where it is set are there any.
+    """
+    for start in range(0, others, CHUNK):
+        k = start + tl.arange(0, CHUNK)
+        kept = k < others
+        if TILE > 0:
+            kept = kept & (tl.load(flags + k // TILE * flag_stride, kept, 0) > 0)
+        if KEEP_ALL and TILE == 0:
+            if EXCLUDE_SELF:
+                kept = kept & (k != self_at)
+        else:  # NaN, that of an edge with itself, is at or below nothing
+            kept = tl.load(entropies + wide(k) * stride, kept, float("nan")) <= limit
+        place = total + tl.cumsum(kept.to(tl.int32), 0) - 1
+        tl.store(lists + place, first + k, kept)
+        total += tl.sum(kept.to(tl.int32), 0)
+    return total
+
+
+@triton.jit
+def _vertex(
+    arrays, graph, v, rows_a, rows_b, classes, capacity, weight, delta, eps, limit, kept,
+    COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, OTHERS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The loss of a vertex' edges in which it is on side a, and its gradient from all of them."""
+    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    m_0, n_0, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
+    m, n, first_b, vertices, width = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
+    size = matrix_size(rows_a, rows_b, classes)
+    number_of = graph * vertices_0 + v
+    entropies = arrays.entropies + graph * wide(m_0) * n_0
+    lists = arrays.lists + wide(number_of) * capacity
+    flags, across = arrays.flags, 0 * n
+    if TILE_ROWS > 0:
+        across = tl.cdiv(n, TILE_COLUMNS)
+        flags += graph * tl.cdiv(m_0, TILE_ROWS) * tl.cdiv(n_0, TILE_COLUMNS)
+    # Where the vertex is on no side, that side has no edges.
+    on_a, on_b = tl.where(v < m, n, 0), tl.where((v >= first_b) & (v - first_b < n), m, 0)
+    row_flags, column = flags, v - first_b
+    if TILE_ROWS > 0:
+        row_flags += v // TILE_ROWS * across
+        flags += column // TILE_COLUMNS
+    total = _append(
+        lists, entropies + wide(v) * n, 1, row_flags, 1, first_b, v, on_a, limit, 0 * v,
+        KEEP_ALL, EXCLUDE_SELF, TILE_COLUMNS, CHUNK,
+    )  # fmt: skip
+    counted = total
+    if NEED_GRAD:
+        total = _append(
+            lists, entropies + column, n, flags, across, 0, column, on_b, limit, total,
+            KEEP_ALL, EXCLUDE_SELF, TILE_ROWS, CHUNK,
+        )  # fmt: skip
+    tl.debug_barrier()  # other warps read what this one stored
+
+    d = tl.arange(0, WIDTH)
+    students = arrays.vertices + graph * 2 * size
+    teachers = students + wide(vertices) * width
+    own = wide(v) * width + d
+    own_s, own_t = tl.load(students + own, d < width, 0.0), tl.load(teachers + own, d < width, 0.0)
+    losses = tl.zeros([OTHERS], T)
+    gradient = tl.zeros([OTHERS, WIDTH], T)
+    for start in range(0, total, OTHERS):
+        k = start + tl.arange(0, OTHERS)
+        there = k < total
+        other = tl.load(lists + k, there, 0)
+        at = wide(other)[:, None] * width + d[None]
+        mask = there[:, None] & (d < width)[None]
+        ds = own_s[None] - tl.load(students + at, mask, 0.0)
+        dt = own_t[None] - tl.load(teachers + at, mask, 0.0)
+        length = root(tl.sum(ds * ds, 1))
+        inverse_s = tl.where(there, 1.0 / (length + eps), 0.0)
+        inverse_t = tl.where(there, 1.0 / (root(tl.sum(dt * dt, 1)) + eps), 0.0)
+        relation = ds * inverse_s[:, None]
+        x = relation - dt * inverse_t[:, None]
+        slope = tl.minimum(tl.maximum(x, -delta), delta)
+        losses += tl.where(k < counted, tl.sum(slope * (x - 0.5 * slope), 1), 0.0)
+        if NEED_GRAD:
+            radial = tl.sum(relation * slope, 1)
+            radial = tl.where(length > 0, radial / tl.where(length > 0, length, 1.0), 0.0)
+            gradient += slope * inverse_s[:, None] - relation * radial[:, None]
+    tl.store(arrays.losses + number_of, tl.sum(losses, 0))
+    if NEED_GRAD:
+        scale = weight / (kept.to(T) + COUNT_EPS)
+        out = arrays.partial + graph * size + own
+        given = tl.sum(gradient, 0) * scale
+        if TILE_ROWS > 0:  # beside what the certified edges gave
+            given += tl.load(out, d < width, 0.0)
+        tl.store(out, given, d < width)
+
+
+@triton.jit
+def _summary(arrays, rows, TARGET: tl.constexpr, BLOCK: tl.constexpr):
+    """The cross-entropies' means and 1 / their divisor, and whether any row of logits was not finite."""
+    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    fine = tl.full([BLOCK], 1, tl.int32)
+    real, virtual = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
+    weights = tl.zeros([BLOCK], T)
+    for start in range(0, 4 * rows, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        fine = tl.minimum(fine, tl.load(arrays.finite + k, k < 4 * rows, 1))
+        if TARGET != NO_TARGET:
+            inside = k < rows
+            real += tl.load(arrays.cross_entropy + k, inside, 0.0)
+            virtual += tl.load(arrays.cross_entropy + rows + k, inside, 0.0)
+            weights += tl.load(arrays.cross_entropy + 2 * rows + k, inside, 0.0)
+    poison = tl.where(tl.min(fine, 0) > 0, 0.0, float("nan")).to(T)
+    tl.store(arrays.summary + 3, poison)
+    if TARGET != NO_TARGET:
+        divisor = tl.sum(weights, 0)
+        inverse = 1.0 / tl.where(divisor == 0, 1.0, divisor)  # a batch that counts nothing has the sum 0
+        tl.store(arrays.summary, tl.sum(real, 0) * inverse)
+        tl.store(arrays.summary + 1, tl.sum(virtual, 0) * inverse)
+        tl.store(arrays.summary + 2, inverse)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "rows", "capacity", "edges_0", "edges_1"])
+def literal_kernel(
+    arrays, rows_a, rows_b, classes,
+    rows,  # R, of a view, padded
+    capacity,  # of a vertex' list
+    edges_0, edges_1,  # where all are kept
+    weights, delta, eps,  # of each graph; Huber's; of a relation: numbers in two parts
+    COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
+    TARGET: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,  # of edges that share a flag, in the dense form; else 0
+    WIDTH_0: tl.constexpr, OTHERS_0: tl.constexpr, WIDTH_1: tl.constexpr, OTHERS_1: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The first program sums up, the others take a vertex each, those of graph 0 first."""
+    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    job = tl.program_id(0) - 1
+    _, _, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
+    graph = (job >= vertices_0).to(tl.int32)
+    if KEEP_ALL:
+        limit, kept = tl.zeros([], T), wide(tl.where(graph == 0, edges_0, edges_1))
+    else:
+        limit, kept = tl.load(arrays.thresholds + graph), tl.load(arrays.kept + graph)
+    delta, eps = number(delta[0], delta[1], T), number(eps[0], eps[1], T)
+    if job < 0:
+        _summary(arrays, rows, TARGET, CHUNK)
+        if KEEP_ALL:
+            tl.store(arrays.kept, wide(edges_0))
+            tl.store(arrays.kept + 1, wide(edges_1))
+    elif job < vertices_0:
+        _vertex(
+            arrays, 0, job, rows_a, rows_b, classes, capacity, number(weights[0][0], weights[0][1], T), delta, eps,
+            limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_0, OTHERS_0, CHUNK,
+        )  # fmt: skip
+    else:
+        _vertex(
+            arrays, 1, job - vertices_0, rows_a, rows_b, classes, capacity, number(weights[1][0], weights[1][1], T),
+            delta, eps, limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_1,
+            OTHERS_1, CHUNK,
+        )  # fmt: skip
