@@ -62,6 +62,7 @@ def relation_graph(sides: Sides, probs: Probs | None, settings: GraphSettings, b
         probs = None
     if backend == "reference":
         with without_autocast(sides.a.device.type):
+            sides = Sides(sides.a, sides.b, *map(_outside_inference, sides[2:]))
             return _REFERENCE.relation_graph(sides, probs, settings, False).loss
     p, q = (None, None) if probs is None else probs
     arguments = *sides, p, q, *settings, needs_grad(sides.a, sides.b), backend
@@ -82,6 +83,8 @@ def vrm_loss(
     views = Views(real, virtual, teacher_real.detach(), teacher_virtual.detach())
     if backend == "reference":
         with without_autocast(real.device.type):
+            views = Views(real, virtual, *map(_outside_inference, views[2:]))
+            labels, class_weight = (None if x is None else _outside_inference(x) for x in (labels, class_weight))
             return _loss(_REFERENCE, views, labels, class_weight, settings, zscore, False)
     arguments = *views, labels, class_weight, *settings, zscore, needs_grad(real, virtual), backend
     return LossResult(*call(torch.ops.vrm_kernels.vrm_loss, _vrm_loss, backend, arguments))
@@ -94,6 +97,13 @@ def quantile(x: Tensor, q: float | Tensor) -> Tensor:
 
         return selected(x, *pruning.ranks(q, x.numel(), x))
     return pruning.quantile_sorted(x, q)
+
+
+def _outside_inference(x: Tensor) -> Tensor:
+    """What autograd can save: not a tensor that torch.inference_mode made."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not x.is_inference():
+        return x
+    return x.clone()
 
 
 def needs_grad(*tensors: Tensor) -> bool:
@@ -159,13 +169,17 @@ class _Rule(torch.autograd.Function):
     gradients, which backward only scales. ``run`` computes the outputs from the arguments."""
 
     @staticmethod
-    def forward(ctx, run, *args):
-        loss, grad_first, grad_second, *rest = run(*args)
+    def forward(run, *args):
+        return tuple(run(*args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, *args = inputs
+        _, grad_first, grad_second, *rest = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(grad_first, grad_second, *rest)
         ctx.save_for_backward(grad_first, grad_second, *args[:2])
         ctx.arguments = 1 + len(args)
-        return loss, grad_first, grad_second, *rest
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -182,6 +196,15 @@ class _Rule(torch.autograd.Function):
             grads = [None if grad is None else _OnceDifferentiated.apply(grad, first, second) for grad in grads]
         return (None, *grads, *(None,) * (ctx.arguments - 3))
 
+    @staticmethod
+    def vmap(info, in_dims, run, *args):
+        """One loss after the other: an ensemble's are as many kernels' work as its members."""
+        results = []
+        for k in range(info.batch_size):
+            one = (x if d is None else x.select(d, k) for x, d in zip(args, in_dims[1:], strict=True))
+            results.append(_Rule.apply(run, *one))
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
 
 class _OnceDifferentiated(torch.autograd.Function):
     """A gradient that can be used, and that says why it cannot be differentiated.
@@ -191,8 +214,16 @@ class _OnceDifferentiated(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grad, *inputs):
+    def forward(grad, *inputs):
         return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, grad, *inputs):
+        return grad.clone(), in_dims[0]
 
     @staticmethod
     def backward(ctx, *_):
@@ -211,6 +242,13 @@ def _is_one(grad_loss: Tensor) -> bool:
     )
 
 
+def _is_batched(args: tuple) -> bool:
+    """Whether torch.func.vmap is over any of the tensors."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    return any(isinstance(x, Tensor) and torch._C._functorch.is_batchedtensor(x) for x in args)
+
+
 def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
@@ -226,7 +264,7 @@ def call(operator: Callable, implementation: Callable, backend: str | None, args
         and (backend is None or not backends.REGISTRY[backend].load().carries_tangents)
     ):
         raise RuntimeError(NO_FORWARD_MODE)
-    return _Rule.apply(implementation, *args) if needs_grad(*args[:2]) else implementation(*args)
+    return _Rule.apply(implementation, *args) if needs_grad(*args[:2]) or _is_batched(args) else implementation(*args)
 
 
 def register(name, implementation, fake) -> None:
