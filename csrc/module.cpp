@@ -1,5 +1,6 @@
-// The Python modules vrm_kernels._C and vrm_kernels._cuda: both are empty, and importing one registers its operators. And
-// what it was built from. The build gives VRM_MODULE, the module's name, and VRM_BACKEND, its operators' prefix.
+// The Python modules vrm_kernels._C and vrm_kernels._cuda: both are empty, and importing one registers its operators.
+// They also say what they were built from. The build gives VRM_MODULE, the module's name, and VRM_BACKEND, its
+// operators' prefix.
 #if defined(Py_LIMITED_API)
 #undef Py_LIMITED_API
 #define Py_LIMITED_API 0x030A0000

@@ -13,14 +13,14 @@
 #include <array>
 #include <stdexcept>
 
-// A function of torch's that need not be there: it is null beside a torch that lacks it.
+// Declares a function of torch's, which is null beside a torch that lacks it.
 #if defined(__APPLE__)
 #define VRM_IF_THERE __attribute__((weak_import))
 #else
 #define VRM_IF_THERE __attribute__((weak))
 #endif
 
-// Of torch 2.13 and newer.
+// torch has it from 2.13 on.
 extern "C" const char* torch_exception_get_what_without_backtrace() VRM_IF_THERE;
 
 namespace vrm {
@@ -41,15 +41,15 @@ template <> inline constexpr ScalarType scalar_type_of<float> = ScalarType::Floa
 template <> inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
 template <> inline constexpr ScalarType scalar_type_of<int64_t> = ScalarType::Long;
 
-// An operator of ATen's that returns one tensor, through the dispatcher. The arguments are all of its schema's, and of
-// its types, among which the stable ABI has no Scalar.
+// Calls an operator of ATen's that returns one tensor, through the dispatcher, with all arguments of its schema in the
+// schema's types. The stable ABI has no Scalar.
 template <class... Arguments> Tensor aten(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   check(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// Uninitialised and dense, on the device of `like`.
+// An uninitialised dense tensor on the device of `like`.
 template <class T> Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
   int64_t strides[4], count = 1;
   for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) strides[d] = count, count *= sizes.begin()[d];
@@ -62,7 +62,7 @@ template <class T> Tensor empty_like(const Tensor& like, std::initializer_list<i
   return Tensor(handle);
 }
 
-// Float64 if any is, else float32: half precision is read, never computed in.
+// The dtype to compute in: float64 if any tensor is, else float32. Half precision is read, never computed in.
 inline ScalarType compute_type(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* x : tensors)
     if (x->scalar_type() == ScalarType::Double) return ScalarType::Double;

@@ -24,13 +24,13 @@ template <class T> class EntropyBlocks {
     panels_ = {depth, row_data_, column_data_};
   }
 
-  // Rows of one block, whole panels.
+  // How many rows a block has: whole panels.
   static int64_t row_unit() {
     const int64_t height = kernels<T>().panel_rows;
     return std::max<int64_t>(1, kTileRows / height) * height;
   }
   int64_t row_blocks() const { return (rows_ + row_unit() - 1) / row_unit(); }
-  // What a block is written into has so many elements a row, and so many rows.
+  // The matrix that a block is written into has this many elements a row, and this many rows.
   int64_t padded_columns() const { return column_panels_ * kernels_.panel_columns; }
   int64_t padded_rows() const { return row_panels_ * kernels_.panel_rows; }
 
@@ -66,7 +66,7 @@ template <class T> class EntropyBlocks {
     });
   }
 
-  // One edge's; close to compute()'s, not the same bits.
+  // The entropy of one edge: close to compute()'s, but not the same bits.
   T approximate(int64_t i, int64_t j) const {
     if (exclude_self_ && i == j) return std::numeric_limits<T>::infinity();
     const int64_t height = kernels_.panel_rows, width = kernels_.panel_columns, depth = panels_.depth;

@@ -41,7 +41,7 @@ template <class T> Chunks make_chunks(int64_t dims) {
   return {dims, padded, width, (padded + width - 1) / width};
 }
 
-// One side of a graph: `count` vertices. Of each the centred and scaled student and teacher vectors and their residual
+// One side of a graph: `count` vertices. The centred and scaled vectors of student and teacher and their residual
 // (student - teacher) are stored side by side.
 template <class T> struct Side {
   int64_t count;
@@ -59,7 +59,7 @@ template <class T> struct Side {
   }
 };
 
-// The joint entropy H[i][j] = -sum_k P[i][k] L[j][k], L = log(P' + 1e-7), from panels packed for gemm_panel.
+// The joint entropy H[i][j] = -sum_k P[i][k] L[j][k], L = log(P' + 1e-7), from panels packed for entropy_rows.
 template <class T> struct Entropy {
   int64_t depth;                       // K; 0 where every edge is kept
   const T *probs_panels, *log_panels;  // [panel][K][panel height / width], zero padded
@@ -92,8 +92,8 @@ struct Scratch {
   char* data;
 };
 
-// One row of logits; what is null is not wanted. The cross-entropy is that with weight[c] (hot t[c] + even) for class c,
-// where t is `target`, or 1 for class `label` and 0 for the others.
+// One row of logits; what is null is not wanted. The cross-entropy is that with weight[c] (hot t[c] + even) for class
+// c, where t is `target`, or 1 for class `label` and 0 for the others.
 template <class T> struct SoftmaxRow {
   const T* logits;
   int64_t classes;
@@ -107,17 +107,17 @@ template <class T> struct SoftmaxRow {
 };
 
 template <class T> struct Kernels {
-  int64_t panel_rows, panel_columns;  // of gemm_panel's register tile
+  int64_t panel_rows, panel_columns;  // of the register tile of entropy_rows
 
   // The row's cross-entropy, unscaled.
   double (*softmax_row)(const SoftmaxRow<T>& row);
   // Adds every vertex to sums[dim], dims [begin, end); false if an element there is not finite.
   bool (*sum_vertices)(Strided<T> m, int64_t count, int64_t begin, int64_t end, T* sums);
-  // The sum of squared distances of every step-th vertex from the centre.
+  // Adds up the squared distances of every step-th vertex from the centre.
   double (*spread)(Strided<T> m, int64_t count, int64_t step, int64_t dims, const T* center);
   // Packs P or L, vertices [panel * height, (panel + 1) * height), into one panel.
   void (*pack_panel)(Strided<T> m, int64_t count, int64_t depth, int64_t panel, int64_t height, T* out);
-  // H of the given panels of rows and of columns, row-major with leading dimension ld, whole panels.
+  // Computes H of the given panels of rows and of columns: whole panels, row-major with leading dimension ld.
   void (*entropy_rows)(const Entropy<T>& e, int64_t row_panel_begin, int64_t row_panel_end,
                        int64_t column_panel_begin, int64_t column_panel_end, T* h, int64_t ld);
   // Centres, packs and measures vertices [begin, end) of a side.
@@ -130,7 +130,7 @@ template <class T> struct Kernels {
   // Completes the gradient of vertices [begin, end) and writes it, or adds it, to out.
   void (*unpack_grad)(const Graph<T>& g, const Side<T>& side, int64_t begin, int64_t end, T* out,
                       int64_t vertex_stride, int64_t dim_stride, bool accumulate);
-  // Of n values: how many lie below `low`, and the ones in [low, high] appended to `found`; stops adding at `room`.
+  // Counts the values below `low` among n, and appends those in [low, high] to `found`, up to `room` of them.
   int64_t (*split)(const T* x, int64_t n, T low, T high, T* found, int64_t room, int64_t* n_found);
 };
 
@@ -145,7 +145,7 @@ template <class T> int64_t tile_columns(const Chunks& chunks) {
                                              : fit;
 }
 
-// Of an edge: three dot products, twice two coefficients, four indices, three registers of partial sums.
+// An edge takes three dot products, twice two coefficients, four indices, three registers of partial sums.
 template <class T> int64_t tile_scratch_bytes() {
   constexpr int64_t edges = kTileRows * kMaxTileColumns + 64;
   return edges * (7 * sizeof(T) + 4 * sizeof(int32_t)) + 3 * edges * kAlignBytes + 4096;

@@ -14,7 +14,7 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Of one dtype, and dense, so that one stride of each matrix is 1.
+// Brings tensors to one dtype and makes them dense, so that one stride of each matrix is 1.
 Tensor prepare(const Tensor& x, ScalarType type) {
   const Tensor y = convert(x, type);
   return y.stride(1) == 1 || y.stride(0) == 1 ? y : torch::stable::contiguous(y);
@@ -157,7 +157,7 @@ Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
   return scalar<T>(a, static_cast<T>(run_graphs<T>({input})[0].loss));
 }
 
-// The caller's gradients are added to: those of many shares end in one matrix.
+// Adds to the caller's gradients, because those of many shares end in one matrix.
 Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                           const OptionalTensor& probs_a, const OptionalTensor& log_probs_b,
                           const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b, double threshold,

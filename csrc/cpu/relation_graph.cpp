@@ -1,10 +1,10 @@
 // How the kernels are put together and spread over threads.
 //
-// Phases of a graph: centre and check the vectors, pack them, entropies, threshold, edges, gradient; every thread of a team
-// runs them all (team.h). The edges are cut into
-// a grid of P x P blocks and visited in P steps, step s taking the blocks (r, (r + s) mod P) at once: no two of them share
-// a row or a column of vertices, so every gradient is added to by one thread at a time, in an order that the grid alone
-// fixes. Same inputs and thread count, same bits; no per-thread copy of a gradient.
+// Phases of a graph: centre and check the vectors, pack them, entropies, threshold, edges, gradient; every thread of a
+// team runs them all (team.h). The edges are cut into
+// a grid of P x P blocks and visited in P steps, step s taking the blocks (r, (r + s) mod P) at once: no two of them
+// share a row or a column of vertices, so every gradient is added to by one thread at a time, in an order that the grid
+// alone fixes. Same inputs and thread count, same bits; no per-thread copy of a gradient.
 
 #include "relation_graph.h"
 
@@ -70,7 +70,7 @@ template <class T> class GraphRun {
     if (recomputed()) rooms_ = arena_.template take<T>(threads_ * room_size());
   }
 
-  // All but the edges. Afterwards failed() says whether an input is not finite.
+  // Runs all phases but the edges. Afterwards failed() says whether an input is not finite.
   void prepare(Team& team) {
     center(team);
     if (failed()) return;
@@ -213,7 +213,7 @@ template <class T> class GraphRun {
   bool recomputed() const { return !in_.keep_all && stored_ == nullptr; }
   int64_t room_size() const { return row_unit_ * kEntropyColumnPanels * kernels_.panel_columns; }
 
-  // Any vector may be subtracted from all: the mean takes out most of what would cancel.
+  // Any vector may be subtracted from all of them: the mean takes out most of what would cancel.
   void center(Team& team) {
     const StageTimer timer(Stage::center, team.leads());
     const int64_t padded = g_.chunks.lanes_padded, unit = kAlignBytes / static_cast<int64_t>(sizeof(T));
@@ -241,7 +241,7 @@ template <class T> class GraphRun {
     });
   }
 
-  // To the teacher's size, see edge.h: a few vertices of each side tell it well enough.
+  // Scales to the teacher's size, see edge.h: a few vertices of each side tell it well enough.
   void scale_student() {
     const auto size = [&](Strided<T> a, Strided<T> b, const T* center) {
       return kernels_.spread(a, in_.rows, std::max<int64_t>(1, in_.rows / 4), in_.dims, center) +

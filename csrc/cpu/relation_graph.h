@@ -13,7 +13,7 @@ template <class T> struct GradTarget {
   int64_t cut, vertex_stride, dim_stride;
 };
 
-// How the edges are visited: as measured to be faster, or, for tests and measurements, one way always.
+// How the edges are visited: in the way that was measured to be faster or, for tests and measurements, always in one.
 enum class EdgesForm { measured,
                        kept_only,
                        dense };
@@ -62,15 +62,15 @@ struct LossResult {
   std::vector<GraphResult> graphs;
 };
 
-// The softmaxes, then the graphs, if any, whose probs and log_probs may be the former's outputs. Gradients of cross-entropies are
-// written, those of graphs added. All inputs must stay alive; nothing is modified but the targets.
+// The softmaxes, then the graphs, if any, whose probs and log_probs may be the former's outputs. Gradients of
+// cross-entropies are written, those of graphs added. All inputs must stay alive; nothing is modified but the targets.
 template <class T> LossResult run_loss(const SoftmaxInput<T>& softmax, const std::vector<GraphInput<T>>& graphs);
 
 // The graphs alone.
 template <class T> std::vector<GraphResult> run_graphs(const std::vector<GraphInput<T>>& graphs);
 
-// H of all edges into h, rows of `stride` elements, what run_graphs ranks by to the bit. h must hold whole panels: rows and
-// columns rounded up to kEntropyPad.
+// Writes H of all edges into h, whose rows have `stride` elements: to the bit what run_graphs ranks by. h must hold
+// whole panels: rows and columns rounded up to kEntropyPad.
 constexpr int64_t kEntropyPad = 64;
 template <class T>
 void joint_entropy(Strided<T> probs, Strided<T> log_probs, int64_t rows, int64_t columns, int64_t depth, T* h,
@@ -84,7 +84,7 @@ void count_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, int
 // Exact order statistics (sorted[rank], sorted[rank + 1]) of a contiguous array; NaN if any value is.
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high);
 
-// What torch.lerp gives, to the bit, so that a threshold is the one of torch.quantile.
+// torch.lerp to the bit, so that a threshold is torch.quantile's.
 template <class T> T lerp(T low, T high, double weight);
 
 }  // namespace vrm

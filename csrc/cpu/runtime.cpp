@@ -5,8 +5,8 @@
 #include <atomic>
 #include <cmath>
 
-// The one call outside of the stable ABI, which has no product that adds to its result: a function that torch's own
-// ahead-of-time compiler calls.
+// This is the one call outside of the stable ABI, which has no product that adds to its result. torch's own
+// ahead-of-time compiler calls the same function.
 extern "C" AOTITorchError aoti_torch_cpu_addmm_out(AtenTensorHandle out, AtenTensorHandle self, AtenTensorHandle a,
                                                    AtenTensorHandle b, double beta, double alpha) VRM_IF_THERE;
 
@@ -43,7 +43,7 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, doub
   check(aoti_torch_cpu_addmm_out(to.get(), to.get(), tensor_of(a).get(), tensor_of(b).get(), accumulate, alpha));
 }
 
-// Found out by trying numbers on which the two roundings differ.
+// Tries numbers on which the two roundings differ.
 template <class T> bool lerp_is_fused() {
   static const bool fused = [] {
     const T weight = T(0.3);

@@ -8,8 +8,9 @@ namespace vrm {
 
 int64_t num_threads();  // torch.get_num_threads()
 
-// member(context, rank, size) once on each of `size` threads of torch's own, all of which run at the same time. `size` is
-// `threads`, or less where torch gives less: 1 inside of another parallel region. Member 0 is the calling thread.
+// Calls member(context, rank, size) once on each of `size` threads of torch's own, all of which run at the same time.
+// `size` is `threads`, or less where torch gives less: 1 inside of another parallel region. Member 0 is the calling
+// thread.
 using Member = void (*)(void* context, int64_t rank, int64_t size);
 void run_members(int64_t threads, Member member, void* context);
 

@@ -1,8 +1,9 @@
 // Exact order statistics without sorting and without a second copy of the data.
 //
 // The values come as a stream that can be replayed (stored, or recomputed bit for bit). A sample brackets the wanted
-// rank; one pass then counts what lies below the bracket and collects the few values inside it. Where the bracket missed,
-// or ties fill it, passes over 16-bit digits of order-preserving integer keys find the values instead: also exact.
+// rank; one pass then counts what lies below the bracket and collects the few values inside it. Where the bracket
+// missed, or ties fill it, passes over 16-bit digits of order-preserving integer keys find the values instead: also
+// exact.
 #pragma once
 
 #include "graph.h"
@@ -70,7 +71,7 @@ template <class T> T from_key(typename Key<T>::type u) {
   return x;
 }
 
-// Signed integers in the order of the floats, -0 and 0 being one: vrm_kernels/selection.py cuts digits from them.
+// Signed integers in the order of the floats, -0 and 0 being one: vrm_kernels/graph/selection.py cuts digits from them.
 inline int32_t to_signed_key(float x) {
   int32_t s;
   x += 0.0f;
@@ -96,9 +97,9 @@ inline double from_signed_key(int64_t s) {
   return x;
 }
 
-// Adds to counts[digit], digit = the `bits` bits of the key from `shift` on, the values whose higher bits are `prefix`;
-// all values where no bits are higher. n < 2^31. Neighbours often share a digit, and an increment must not wait for the
-// one before: kCountSets sets of counts take turns, to be added up.
+// Counts in counts[digit] the values whose key has `prefix` above the digit, or all values where nothing is above. The
+// digit is the `bits` bits of the key from `shift` on; n < 2^31. Neighbours often share a digit, and an increment must
+// not wait for the one before: kCountSets sets of counts take turns, and are added up afterwards.
 constexpr int64_t kCountSets = 4;
 template <class T>
 void count_digits(const T* x, int64_t n, int64_t prefix, int shift, int bits, int32_t* counts) {
@@ -136,7 +137,8 @@ inline uint64_t mix(uint64_t x) {  // splitmix64: a fixed pseudo-random sequence
   return x ^ (x >> 31);
 }
 
-// sorted[rank] by 16-bit digits of the keys; NaN if a value is. For all threads of a team, into shared memory.
+// Finds sorted[rank] by 16-bit digits of the keys; NaN if a value is NaN. All threads of a team call it, and share
+// memory.
 template <class T>
 void select_by_digits(Team& team, const Stream<T>& stream, int64_t rank, Selection<T>& shared, T& value) {
   using U = typename Key<T>::type;
@@ -178,7 +180,7 @@ void select_by_digits(Team& team, const Stream<T>& stream, int64_t rank, Selecti
   team.once([&] { value = from_key<T>(prefix); });
 }
 
-// Values between which sorted[rank] of n values very likely lies, from a sample of them, which is reordered.
+// Finds two values between which sorted[rank] of n values very likely lies, from a sample of them, which it reorders.
 template <class T> std::pair<T, T> bracket(std::vector<T>& sample, int64_t rank, double n, double* share) {
   // A sample of m is wrong by about sqrt(m p (1 - p)) positions; four of those are rarely exceeded.
   const double m = static_cast<double>(sample.size()), p = static_cast<double>(rank) / n;
@@ -194,7 +196,7 @@ template <class T> std::pair<T, T> bracket(std::vector<T>& sample, int64_t rank,
           centre + slack >= size ? infinity : order_statistic(centre + slack)};
 }
 
-// sorted[rank] and sorted[next] of an array: brackets until little is left. The order of `values` is lost.
+// Finds sorted[rank] and sorted[next] of an array by brackets until little is left. The order of `values` is lost.
 template <class T> std::pair<T, T> select_pair(std::vector<T> values, int64_t rank, int64_t next) {
   constexpr size_t few = 1024;
   while (values.size() > few) {
@@ -216,7 +218,7 @@ template <class T> std::pair<T, T> select_pair(std::vector<T> values, int64_t ra
   return {low, next == rank ? low : *std::min_element(values.begin() + next, values.end())};
 }
 
-// For all threads of a team. `room` bounds the values collected.
+// All threads of a team call it. `room` bounds how many values are collected.
 template <class T>
 void select(Team& team, const Stream<T>& stream, int64_t rank, int64_t room, Selection<T>& shared) {
   const int64_t next = std::min(rank + 1, stream.n - 1);
@@ -280,7 +282,7 @@ void select(Team& team, const Stream<T>& stream, int64_t rank, int64_t room, Sel
   select_by_digits(team, stream, next, shared, shared.high);
 }
 
-// How many values of the stream are at or below a threshold between the two statistics. For all threads of a team.
+// Counts the values of the stream at or below a threshold between the two statistics. All threads of a team call it.
 template <class T>
 int64_t count_at_most(Team& team, const Stream<T>& stream, Selection<T>& shared, T threshold) {
   const auto at_most = [=](T x) { return x <= threshold; };

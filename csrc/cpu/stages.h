@@ -19,7 +19,7 @@ inline std::atomic<int64_t> stage_nanoseconds[static_cast<int>(Stage::count)];
 
 class StageTimer {
  public:
-  // Of a team's threads one counts.
+  // One thread of a team counts.
   explicit StageTimer(Stage stage, bool counts = true)
       : stage_(stage), counts_(counts), start_(std::chrono::steady_clock::now()) {}
   ~StageTimer() {

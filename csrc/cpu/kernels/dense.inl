@@ -1,7 +1,8 @@
 // The dense form: the edges of a row, all of whose dot products are given.
 
-// What weigh_edges does, for every edge of row i in columns [begin, end), whose dot products are given. In their place it
-// leaves beta, gamma (zero on edges that are pruned or literal) and 0 for a literal edge, 1 for any other.
+// Does for every edge of row i in columns [begin, end) what weigh_edges does for the kept ones. It overwrites the dot
+// products with beta and gamma (zero on edges that are pruned or literal) and with 0 for a literal edge, 1 for any
+// other.
 template <class T>
 double weigh_row(const Graph<T>& g, int64_t i, int64_t begin, int64_t end, const T* entropy, T* dot_s, T* dot_t, T* dot_w,
                  int64_t* n_literal) {

@@ -83,7 +83,7 @@ VRM_STAGE void list_edges(const Graph<T>& g, const Block<T>& block, int64_t r0, 
   for (int64_t e = n; e < n + kLanes<T>; ++e) tile.row[e] = tile.column[e] = 0;  // so that whole registers are valid
 }
 
-// The three dot products of NE edges of one row over one chunk.
+// Adds one chunk to the three dot products of NE edges of one row.
 template <class T, int NE>
 VRM_INLINE void dot_products(const Graph<T>& g, const T* a, int64_t c, int64_t e, Tile<T>& tile) {
   constexpr int64_t lanes = kLanes<T>;
@@ -123,7 +123,8 @@ VRM_INLINE void dot_products(const Graph<T>& g, const T* a, int64_t c, int64_t e
   }
 }
 
-// The same with 32 registers: the three vectors of a row, NV registers each, stay in them for all of the row's edges.
+// The same where there are 32 registers: the three vectors of a row, NV registers each, stay there for all of the row's
+// edges.
 template <class T, int NV> VRM_INLINE void measure_rows(const Graph<T>& g, int64_t c, Tile<T>& tile) {
   constexpr int64_t lanes = kLanes<T>, width = NV * lanes;
   const bool first = c == 0, last = c + 1 == g.chunks.count;
@@ -215,8 +216,8 @@ template <class T> VRM_STAGE void measure_edges(const Graph<T>& g, Tile<T>& tile
   }
 }
 
-// Coefficients of every edge of the tile, vectorised over the edges, and the sum of their losses. Literal edges are
-// listed in tile.literal and get none.
+// Computes the coefficients of every edge of the tile, vectorised over the edges, and returns the sum of their losses.
+// Literal edges get none and are listed in tile.literal.
 template <class T> VRM_STAGE double weigh_edges(const Graph<T>& g, Tile<T>& tile) {
   constexpr int64_t lanes = kLanes<T>;
   const T scale = static_cast<T>(g.scale);

@@ -1,6 +1,6 @@
 // The gradients of a tile's edges, and of a side once all edges are done.
 
-// The tile's edges again, column by column.
+// Lists the tile's edges again, column by column.
 template <class T> VRM_INLINE void transpose_edges(int64_t c0, int64_t columns, Tile<T>& tile) {
   int32_t* start = tile.column_start;
   for (int64_t j = 0; j <= columns; ++j) start[j] = 0;
@@ -24,8 +24,8 @@ template <class T> struct EdgeList {
   const T *beta, *gamma;
 };
 
-// grad_v += sum over its edges of gamma x_other - beta residual_other, NV registers of a chunk: in registers throughout,
-// because stores between the loads would stall them.
+// grad_v += sum over its edges of gamma x_other - beta residual_other, NV registers of a chunk: in registers
+// throughout, because stores between the loads would stall them.
 template <class T, int NV>
 VRM_INLINE void add_neighbours(const Graph<T>& g, const Side<T>& own, const Side<T>& other, int64_t c, int64_t offset,
                                const EdgeList<T>& list) {

@@ -1,9 +1,10 @@
-// The pass of an order statistic.
+// One pass over the values on the way to an order statistic.
 
 template <class T>
 int64_t split(const T* x, int64_t n, T low, T high, T* found, int64_t room, int64_t* n_found) {
   int64_t below = 0, kept = *n_found, k = 0;
-  // NaN is neither below `low` nor above `high`: it is found. Stores are whole registers: `found` has that much more room.
+  // NaN is neither below `low` nor above `high`: it is found. Stores are whole registers: `found` has that much more
+  // room.
 #if VRM_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
     const __m512 l = _mm512_set1_ps(low), h = _mm512_set1_ps(high);
