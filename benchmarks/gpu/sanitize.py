@@ -25,7 +25,7 @@ def paths(backend: str, own: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         return
     from vrm_kernels.backends.cuda import backend as cuda_backend
 
-    for form in ("one_launch", "launches", "tiles")[: 2 if own else 3]:
+    for form in ("one_launch", "launches", "literal", "tiles", "dense")[: 3 if own else 5]:
         yield form, lambda form=form: setattr(cuda_backend, "TUNING", cuda_backend.Tuning(form, 32, 0))
 
 

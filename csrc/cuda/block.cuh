@@ -1,7 +1,7 @@
 // What the stages share: sums over a warp and a block, loading a tile through shared memory, products of small tiles.
 #pragma once
 
-#include "graph.h"
+#include "tensor.h"
 
 #include <cuda_runtime.h>
 
@@ -22,6 +22,15 @@ __device__ __forceinline__ int thread_index() { return static_cast<int>(threadId
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) & 31; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) >> 5; }
 
+__device__ __forceinline__ char* shared_memory() {
+#if defined(VRM_CUDA_SHIM)  // the tests' host build
+  return shim::shared_memory();
+#else
+  extern __shared__ __align__(16) char vrm_shared[];
+  return vrm_shared;
+#endif
+}
+
 // In one fixed order, the result in every lane.
 template <class V> __device__ __forceinline__ V warp_sum(V x) {
 #pragma unroll
@@ -37,14 +46,14 @@ template <class V> __device__ __forceinline__ V warp_max(V x) {
   return x;
 }
 
-// In every thread. `room` holds kWarps values and is free again when the call returns.
-template <class V> __device__ __forceinline__ V block_sum(V x, V* room) {
+// In every thread of a block of Warps. `room` holds a value a warp and is free again when the call returns.
+template <int Warps = kWarps, class V> __device__ __forceinline__ V block_sum(V x, V* room) {
   x = warp_sum(x);
   if (lane_index() == 0) room[warp_index()] = x;
   __syncthreads();
   V total = room[0];
 #pragma unroll
-  for (int k = 1; k < kWarps; ++k) total += room[k];
+  for (int k = 1; k < Warps; ++k) total += room[k];
   __syncthreads();
   return total;
 }
@@ -83,34 +92,36 @@ template <class T, class Get> __device__ __forceinline__ void load_square(Square
   }
 }
 
-// One side's piece of a product: kDepth steps of 32 vertices, element (k, v) at x[k][v].
+// One side's piece of a product: Depth steps of 32 vertices, element (k, v) at x[k][v].
 constexpr int kDepth = 16;
-template <class T> struct Strip {
-  T x[kDepth][kTile + 1];
+template <class T, int Depth = kDepth> struct Strip {
+  T x[Depth][kTile + 1];
 };
 
 // strip[k][v] = get(v, k) for v < vertices, k < depth, else 0.
-template <class T, class Get> __device__ __forceinline__ void load_strip(Strip<T>& strip, bool along_depth,
-                                                                         int64_t vertices, int64_t depth,
-                                                                         const Get& get) {
+template <class T, int Depth, class Get>
+__device__ __forceinline__ void load_strip(Strip<T, Depth>& strip, bool along_depth, int64_t vertices, int64_t depth,
+                                           const Get& get) {
 #pragma unroll
-  for (int r = 0; r < kDepth * kTile / kThreads; ++r) {
+  for (int r = 0; r < Depth * kTile / kThreads; ++r) {
     const int e = thread_index() + r * kThreads;
-    const int v = along_depth ? e / kDepth : e % kTile, k = along_depth ? e % kDepth : e / kTile;
+    const int v = along_depth ? e / Depth : e % kTile, k = along_depth ? e % Depth : e / kTile;
     strip.x[k][v] = v < vertices && k < depth ? get(v, k) : T(0);
   }
 }
 
-// A thread owns the elements (4 warp + r, lane) of a 32 x 32 tile of results, r = 0 ... 3.
+// A thread owns the elements (4 warp + r, lane) of a 32 x 32 tile of results, r = 0 ... 3. Adds kDepth steps from
+// `first` on.
 constexpr int kOwn = kTile / kWarps;
-template <class T>
-__device__ __forceinline__ void multiply_strips(const Strip<T>& a, const Strip<T>& b, T (&sum)[kOwn]) {
+template <class T, int Depth>
+__device__ __forceinline__ void multiply_strips(const Strip<T, Depth>& a, const Strip<T, Depth>& b, T (&sum)[kOwn],
+                                                int first = 0) {
   const int i = warp_index() * kOwn, j = lane_index();
 #pragma unroll
   for (int k = 0; k < kDepth; ++k) {
-    const T y = b.x[k][j];
+    const T y = b.x[first + k][j];
 #pragma unroll
-    for (int r = 0; r < kOwn; ++r) sum[r] += a.x[k][i + r] * y;
+    for (int r = 0; r < kOwn; ++r) sum[r] += a.x[first + k][i + r] * y;
   }
 }
 

@@ -1,207 +1,156 @@
-// Softmax, centring and packing: everything an edge needs to know of its two vertices.
-//
-// A stage is a structure with tasks(), how many independent pieces of work a graph has, and run(), which a whole block
-// does for one of them. Every result is written by one task, and every sum has an order that sizes alone fix.
+// Stage 1: the inputs in the dtype and the order that the other stages read, softmax and surprisals, cross-entropies.
 #pragma once
 
 #include "block.cuh"
+#include "problem.h"
 
 namespace vrm {
 namespace cuda {
 
-// probs = softmax(logits), logs = log(probs + 1e-7). A warp a row.
-template <class T> struct SoftmaxStage {
-  __host__ __device__ static int64_t tasks(const Softmax<T>& s) { return 2 * ceil_div(s.rows, kWarps); }
+__device__ __forceinline__ float half_to_float(uint16_t half) {
+  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
+  const uint32_t sign = static_cast<uint32_t>(half >> 15) << 31;
+  if (magnitude >= 0x7c00u << 13) return __uint_as_float(sign | magnitude | 0x7f800000u);  // infinity, not a number
+  const float x = __uint_as_float(magnitude) * 5.192296858534828e33f;  // 2^112: exponents of float are biased by it
+  return sign != 0 ? -x : x;
+}
 
-  __device__ static void run(const Softmax<T>& s, int64_t task) {
-    const int view = static_cast<int>(task & 1);
-    const int64_t row = (task >> 1) * kWarps + warp_index();
-    if (row >= s.rows) return;  // a whole warp
-    const Matrix<const T>& x = s.logits[view];
-    T top = x.at(row, 0);
-    for (int64_t c = lane_index(); c < s.columns; c += 32) {
-      const T value = x.at(row, c);
-      top = value > top ? value : top;
-    }
+template <class T> __device__ __forceinline__ T element(const Input& x, int64_t row, int64_t column) {
+  const int64_t at = row * x.row_stride + column * x.column_stride;
+  switch (x.dtype) {
+    case Dtype::float64: return static_cast<T>(static_cast<const double*>(x.data)[at]);
+    case Dtype::float32: return static_cast<T>(static_cast<const float*>(x.data)[at]);
+    case Dtype::bfloat16:
+      return static_cast<T>(__uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(x.data)[at]) << 16));
+    case Dtype::float16: return static_cast<T>(half_to_float(static_cast<const uint16_t*>(x.data)[at]));
+  }
+  return T(0);
+}
+
+// What a row's cross-entropy compares with: weighted, smoothed; 0 where its label is ignored.
+template <class T> struct Target {
+  const Batch<T>& b;
+  int64_t row, label;
+
+  __device__ Target(const Batch<T>& b, int64_t row) : b(b), row(row), label(b.labels == nullptr ? 0 : b.labels[row]) {}
+  __device__ bool ignored() const { return b.labels != nullptr && label == b.ignore_index; }
+  __device__ bool exists() const { return ignored() || (label >= 0 && label < b.classes); }
+  __device__ T weight() const {  // in the divisor of the mean
+    if (ignored() || !exists()) return T(0);
+    return b.labels != nullptr && b.class_weight != nullptr ? b.class_weight[label] : T(1);
+  }
+  __device__ T operator()(int64_t c) const {
+    if (ignored()) return T(0);
+    const T given = b.labels == nullptr ? b.target.at(row, c) : static_cast<T>(c == label);
+    const T smooth = given * (T(1) - b.label_smoothing) + b.label_smoothing / static_cast<T>(b.classes);
+    return b.class_weight == nullptr ? smooth : smooth * b.class_weight[c];
+  }
+};
+
+// A row of a view, by a warp.
+template <class T> __device__ __forceinline__ void prepare_sample(const Batch<T>& b, int view, int64_t row) {
+  const int64_t all = view * b.samples + row, first = all * b.classes;
+  T top = element<T>(b.student[view], row, 0), poison = 0;  // x - x is 0, or not a number
+  for (int64_t c = lane_index(); c < b.classes; c += 32) {
+    const T s = element<T>(b.student[view], row, c), t = element<T>(b.teacher[view], row, c);
+    b.student_rows[first + c] = s;
+    b.teacher_rows[first + c] = t;
+    poison += (s - s) + (t - t);
+    top = s > top ? s : top;
+  }
+  if (b.probs != nullptr) {
+    const T* x = b.student_rows + first;
     top = warp_max(top);
     T sum = 0;
-    for (int64_t c = lane_index(); c < s.columns; c += 32) sum += exp(x.at(row, c) - top);
+    for (int64_t c = lane_index(); c < b.classes; c += 32) sum += exp(x[c] - top);
     sum = warp_sum(sum);
-    for (int64_t c = lane_index(); c < s.columns; c += 32) {
-      const T p = exp(x.at(row, c) - top) / sum;
-      if (s.probs[view] != nullptr) s.probs[view][row * s.columns + c] = p;
-      if (s.logs[view] != nullptr) s.logs[view][row * s.columns + c] = log(p + static_cast<T>(kEntropyEps));
+    const Target<T> target(b, row);
+    if (b.cross_entropy[view] && !target.exists()) poison = kNotANumber<T>;
+    const T log_sum = log(sum);
+    T loss = 0, targets = 0;
+    for (int64_t c = lane_index(); c < b.classes; c += 32) {
+      const T p = exp(x[c] - top) / sum;
+      b.probs[first + c] = p;
+      if (b.surprisals != nullptr) b.surprisals[first + c] = -log(p + static_cast<T>(kEntropyEps));
+      if (!b.cross_entropy[view]) continue;
+      const T wanted = target(c);
+      targets += wanted;
+      if (wanted != T(0)) loss -= wanted * (x[c] - top - log_sum);
+    }
+    loss = warp_sum(loss);
+    targets = warp_sum(targets);
+    if (lane_index() == 0) {
+      b.ce_losses[all] = static_cast<double>(loss);
+      b.ce_targets[all] = targets;
+      b.ce_weights[all] = b.cross_entropy[view] ? target.weight() : T(0);
     }
   }
-};
-
-// The vertices of both sides in one row, each once.
-template <class T> __host__ __device__ inline int64_t vertex_count(const Graph<T>& g) {
-  return g.one_set ? g.rows : g.rows + g.columns;
-}
-template <class T> __device__ __forceinline__ const T& student_at(const Graph<T>& g, int64_t v, int64_t k) {
-  return v < g.rows ? g.a.student.at(v, k) : g.b.student.at(v - g.rows, k);
-}
-template <class T> __device__ __forceinline__ const T& teacher_at(const Graph<T>& g, int64_t v, int64_t k) {
-  return v < g.rows ? g.a.teacher.at(v, k) : g.b.teacher.at(v - g.rows, k);
-}
-template <class T> __device__ __forceinline__ bool along_dims(const Stacked<const T>& x) {
-  return x.first.vertex_stride != 1;
-}
-
-// sums[chunk] = the vertices of a chunk added up, 32 dimensions a task; and whether all are finite.
-template <class T> struct ColumnSums {
-  __host__ __device__ static int64_t tasks(const Graph<T>& g) { return ceil_div(g.dims, kTile) * g.chunks; }
-
-  __device__ static void run(const Graph<T>& g, int64_t task, char* shared) {
-    Square<T>* tile = reinterpret_cast<Square<T>*>(shared);  // student, teacher
-    const int64_t chunk = task % g.chunks, k0 = task / g.chunks * kTile, dims = g.dims - k0;
-    const int64_t count = vertex_count(g), begin = count * chunk / g.chunks, end = count * (chunk + 1) / g.chunks;
-    T sum[2] = {}, poison = 0;  // x - x is 0, or not a number
-    for (int64_t v0 = begin; v0 < end; v0 += kTile) {
-      load_square(tile[0], along_dims(g.a.student), end - v0, dims,
-                  [&](int v, int k) { return student_at(g, v0 + v, k0 + k); });
-      load_square(tile[1], along_dims(g.a.teacher), end - v0, dims,
-                  [&](int v, int k) { return teacher_at(g, v0 + v, k0 + k); });
-      __syncthreads();
-#pragma unroll
-      for (int which = 0; which < 2; ++which)
-#pragma unroll
-        for (int r = 0; r < kOwn; ++r) {
-          const T x = tile[which].x[warp_index() * kOwn + r][lane_index()];
-          sum[which] += x;
-          poison += x - x;
-        }
-      __syncthreads();
-    }
-    if (!(poison == T(0))) atomicOr(&g.status->not_finite, 1);
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      tile[which].x[warp_index()][lane_index()] = sum[which];
-      __syncthreads();
-      if (warp_index() == 0 && lane_index() < dims) {
-        T total = 0;
-        for (int w = 0; w < kWarps; ++w) total += tile[which].x[w][lane_index()];
-        g.sums[(chunk * 2 + which) * g.dims + k0 + lane_index()] = total;
-      }
-      __syncthreads();
-    }
-  }
-};
-
-// The mean vectors, and how far a few vertices of each side lie from them; a dimension a thread.
-template <class T> struct Means {
-  __host__ __device__ static int64_t tasks(const Graph<T>& g) { return ceil_div(g.dims, kThreads); }
-
-  __device__ static void run(const Graph<T>& g, int64_t task, char* shared) {
-    double* room = reinterpret_cast<double*>(shared);
-    const int64_t k = task * kThreads + thread_index();
-    double spread[2] = {};
-    if (k < g.dims) {
-      const T count = static_cast<T>(vertex_count(g));
-      T mean[2];
-#pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        T sum = 0;
-        for (int64_t chunk = 0; chunk < g.chunks; ++chunk) sum += g.sums[(chunk * 2 + which) * g.dims + k];
-        sum /= count;
-        mean[which] = sum - sum == T(0) ? sum : T(0);  // the sum of huge finite logits may overflow
-      }
-      g.mean_s[k] = mean[0];
-      g.mean_t[k] = mean[1];
-      const auto add = [&](const Side<T>& side) {
-        const int64_t step = side.count / 4 > 0 ? side.count / 4 : 1;
-        for (int64_t v = 0; v < side.count; v += step) {
-          const double s = static_cast<double>(side.student.at(v, k)) - static_cast<double>(mean[0]);
-          const double t = static_cast<double>(side.teacher.at(v, k)) - static_cast<double>(mean[1]);
-          spread[0] += s * s;
-          spread[1] += t * t;
-        }
-      };
-      add(g.a);
-      if (!g.one_set) add(g.b);
-    }
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      const double total = block_sum(spread[which], room);
-      if (thread_index() == 0) g.spread[task * 2 + which] = total;
-    }
-  }
-};
-
-// Brings the student to the teacher's size, see edge.h; by a warp, the result in every lane.
-template <class T> __device__ __forceinline__ T student_scale(const Graph<T>& g) {
-  double student = 0, teacher = 0;
-  for (int64_t k = lane_index(); k < Means<T>::tasks(g); k += 32) {
-    student += g.spread[2 * k];
-    teacher += g.spread[2 * k + 1];
-  }
-  student = warp_sum(student);
-  teacher = warp_sum(teacher);
-  const double exponent = rint(0.5 * log2(teacher / student));
-  constexpr double most = sizeof(T) == 4 ? 64 : 512;
-  const bool usable = exponent >= -most && exponent <= most;  // neither NaN nor a vanished student or teacher
-  return usable ? static_cast<T>(ldexp(1.0, static_cast<int>(exponent))) : T(1);
+  poison = warp_sum(poison);
+  if (lane_index() == 0) b.poison[all] = poison;
 }
 
-// Packs 32 vertices a task.
-template <class T> struct Pack {
-  __host__ __device__ static int64_t side_tasks(const Side<T>& side) { return ceil_div(side.count, kTile); }
-  __host__ __device__ static int64_t tasks(const Graph<T>& g) {
-    return side_tasks(g.a) + (g.one_set ? 0 : side_tasks(g.b));
+// The same by classes: rows first ... first + kWarps of a view, which this block has written.
+template <class T>
+__device__ __forceinline__ void transpose(const Batch<T>& b, int view, int64_t first, const T* by_row, T* by_column) {
+  if (by_column == nullptr) return;
+  for (int64_t e = thread_index(); e < b.classes * kWarps; e += kThreads) {
+    const int64_t c = e / kWarps, row = first + e % kWarps;
+    if (row < b.samples)
+      by_column[(view * b.classes + c) * b.samples + row] = by_row[(view * b.samples + row) * b.classes + c];
   }
+}
 
-  __device__ static void run(const Graph<T>& g, int64_t task, char* shared) {
-    Square<T>* tile = reinterpret_cast<Square<T>*>(shared);
-    const bool second = task >= side_tasks(g.a);
-    const Side<T>& side = second ? g.b : g.a;
-    const int64_t v0 = (second ? task - side_tasks(g.a) : task) * kTile, vertices = side.count - v0;
-    const T scale = student_scale(g);
-    if (task == 0 && thread_index() == 0) g.status->scale = scale;
-    T square_s[kOwn] = {}, square_t[kOwn] = {}, square_w[kOwn] = {}, reach_s[kOwn] = {}, reach_t[kOwn] = {};
-    for (int64_t k0 = 0; k0 < g.ld; k0 += kTile) {
-      load_square(tile[0], along_dims(side.student), vertices, g.dims - k0,
-                  [&](int v, int k) { return side.student.at(v0 + v, k0 + k); });
-      load_square(tile[1], along_dims(side.teacher), vertices, g.dims - k0,
-                  [&](int v, int k) { return side.teacher.at(v0 + v, k0 + k); });
-      __syncthreads();
-      const int64_t k = k0 + lane_index();
-      const bool inside = k < g.dims;
-      const T mean_s = inside ? g.mean_s[k] : T(0), mean_t = inside ? g.mean_t[k] : T(0);
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) {
-        const int v = warp_index() * kOwn + r;
-        if (v >= vertices || k >= g.ld) continue;
-        const T s = scale * tile[0].x[v][lane_index()], t = tile[1].x[v][lane_index()];
-        const T x = s - scale * mean_s, y = t - mean_t;
-        const T w = (s - t) - (scale * mean_s - mean_t);  // student minus teacher first: exact near convergence
-        const int64_t at = (v0 + v) * g.ld + k;
-        side.x_s[at] = inside ? x : static_cast<T>(k == g.dims);
-        side.x_t[at] = inside ? y : T(0);
-        side.x_w[at] = inside ? w : static_cast<T>(k == g.dims + 1);
-        if (!inside) continue;
-        square_s[r] += x * x;
-        square_t[r] += y * y;
-        square_w[r] += w * w;
-        reach_s[r] = fabs(x) > reach_s[r] ? fabs(x) : reach_s[r];
-        reach_t[r] = fabs(y) > reach_t[r] ? fabs(y) : reach_t[r];
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int r = 0; r < kOwn; ++r) {
-      const T s2 = warp_sum(square_s[r]), t2 = warp_sum(square_t[r]), w2 = warp_sum(square_w[r]);
-      const T top_s = warp_max(reach_s[r]), top_t = warp_max(reach_t[r]);
-      const int64_t v = v0 + warp_index() * kOwn + r;
-      if (lane_index() != 0 || v >= side.count) continue;
-      side.square_s[v] = s2;
-      side.square_t[v] = t2;
-      side.square_w[v] = w2;
-      side.reach_s[v] = top_s;
-      side.reach_t[v] = top_t;
-    }
+// A vertex of one side, by a warp.
+template <class T> __device__ __forceinline__ void prepare_vertex(const Vectors<T>& x, int side, int64_t v) {
+  T poison = 0;
+  for (int64_t k = lane_index(); k < x.dims; k += 32) {
+    const T s = element<T>(x.student[side], v, k), t = element<T>(x.teacher[side], v, k);
+    x.students[side][v * x.dims + k] = s;
+    x.teachers[side][v * x.dims + k] = t;
+    poison += (s - s) + (t - t);
   }
-};
+  for (int64_t k = lane_index(); k < x.depth; k += 32) {
+    const T p = element<T>(x.probs[side], v, k);
+    x.factors[side][v * x.depth + k] = side == 0 ? p : -log(p + static_cast<T>(kEntropyEps));
+    poison += p - p;
+  }
+  poison = warp_sum(poison);
+  if (lane_index() == 0) x.poison[side][v] = poison;
+}
+
+// A block for the state of the graphs, then one for kWarps rows.
+template <class T> int64_t prepare_blocks(const Problem<T>& p) {
+  if (p.batch.samples > 0) return 1 + 2 * ceil_div(p.batch.samples, kWarps);
+  return 1 + ceil_div(p.vectors.count[0], kWarps) + ceil_div(p.vectors.count[1], kWarps);
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Problem<T> p) {
+  if (blockIdx.x == 0) {
+    for (int k = 0; k < p.graphs; ++k) {
+      Status<T>& status = *p.graph[k].status;
+      for (int bin = thread_index(); bin < kBins; bin += kThreads) status.histogram[bin] = 0;
+      if (thread_index() == 0) status.kept = 0, status.nan = status.uncertified = 0;
+    }
+    return;
+  }
+  const int64_t task = blockIdx.x - 1;
+  const Batch<T>& b = p.batch;
+  if (b.samples == 0) {
+    const int64_t firsts = ceil_div(p.vectors.count[0], kWarps);
+    const int side = task >= firsts;
+    const int64_t v = (side == 0 ? task : task - firsts) * kWarps + warp_index();
+    if (v < p.vectors.count[side]) prepare_vertex(p.vectors, side, v);
+    return;
+  }
+  const int view = static_cast<int>(task & 1);
+  const int64_t first = (task >> 1) * kWarps;
+  if (first + warp_index() < b.samples) prepare_sample(b, view, first + warp_index());
+  __syncthreads();
+  transpose(b, view, first, b.student_rows, b.student_columns);
+  transpose(b, view, first, b.teacher_rows, b.teacher_columns);
+  transpose(b, view, first, b.probs, b.probs_columns);
+  transpose(b, view, first, b.surprisals, b.surprisals_columns);
+}
 
 }  // namespace cuda
 }  // namespace vrm

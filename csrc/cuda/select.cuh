@@ -1,178 +1,160 @@
-// The pruning threshold: joint entropies, and an exact order statistic of them without a sort.
+// Stage 3: the pruning threshold, exactly torch.quantile's, and the totals of the batch. A block a graph; those that
+// are more than a block's work are selected by digits.cuh.
 //
-// Floats are mapped to unsigned integers of the same order and found digit by digit: each pass counts the next digit of
-// the keys that have the prefix found so far. sorted[rank] and sorted[rank + 1] are followed at once, each with a
-// prefix and a histogram of its own. Counts are integers: their sums do not depend on the order.
+// The histogram that the entropies were counted in says which bin holds the threshold's rank: the candidates are that
+// bin's entropies, and are ordered by counting their digits, 11 bits at a time. They are taken into shared memory in
+// one pass over the graph; if they do not fit, each pass reads the graph again. Only counts decide, not the order in
+// which threads add to them.
 #pragma once
 
-#include "block.cuh"
+#include "entropy.cuh"
+#include "order.cuh"
+
+#include <type_traits>
 
 namespace vrm {
 namespace cuda {
 
-// H[i][j] = -sum_k P[i][k] L[j][k] of a small graph, 32 x 32 edges a task.
-template <class T> struct Entropy {
-  __host__ __device__ static int64_t tasks(const EdgeTile<T>& tile) {
-    return ceil_div(tile.rows, kTile) * ceil_div(tile.columns, kTile);
-  }
+constexpr int kDigitBits = 11;
+constexpr int kBatchOfThread = 8;  // entropies in flight
 
-  __device__ static void run(const Graph<T>& g, const EdgeTile<T>& tile, int64_t task, char* shared) {
-    Strip<T>* strip = reinterpret_cast<Strip<T>*>(shared);
-    const int64_t wide = ceil_div(tile.columns, kTile);
-    const int64_t i0 = task / wide * kTile, j0 = task % wide * kTile;  // of the tile
-    const auto load = [&](Strip<T>& to, const Side<T>& side, int64_t v0, int64_t count, int64_t k0) {
-      load_strip(to, side.factor.first.vertex_stride != 1, count, g.depth - k0,
-                 [&](int v, int k) { return side.factor.at(v0 + v, k0 + k); });
-    };
-    T total[kOwn] = {};
-    for (int64_t k0 = 0; k0 < g.depth; k0 += kDepth) {
-      load(strip[0], g.a, tile.row + i0, tile.rows - i0, k0);
-      load(strip[1], g.b, tile.column + j0, tile.columns - j0, k0);
-      __syncthreads();
-      T sum[kOwn] = {};  // of each strip apart: a running sum over all classes would lose digits that decide edges
-      multiply_strips(strip[0], strip[1], sum);
-#pragma unroll
-      for (int r = 0; r < kOwn; ++r) total[r] -= sum[r];
-      __syncthreads();
-    }
-#pragma unroll
-    for (int r = 0; r < kOwn; ++r) {
-      const int64_t i = i0 + warp_index() * kOwn + r, j = j0 + lane_index();
-      if (i < tile.rows && j < tile.columns) tile.entropy[i * tile.entropy_ld + j] = total[r];
-    }
-  }
+// Of what shared memory is for, beside the candidates.
+struct SelectState {
+  Located located;
+  double sums[kRankWarps];
+  unsigned long long least;
+  unsigned taken;
+  unsigned counts[kBins];
 };
+template <class T> using Key = std::conditional_t<sizeof(T) == 4, uint32_t, unsigned long long>;
+constexpr int64_t kSelectBytes = 96 << 10;  // what every supported device has for a block
+template <class T> constexpr int64_t kCandidates = (kSelectBytes - int64_t{sizeof(SelectState)}) / sizeof(Key<T>);
 
-// Unsigned integers in the order of the floats; x + 0 makes one of both zeros.
-__device__ __forceinline__ uint64_t to_key(float x) {
-  const uint32_t u = __float_as_uint(x + 0.0f);
-  return u >> 31 ? ~u : u | 0x80000000u;
-}
-__device__ __forceinline__ uint64_t to_key(double x) {
-  const uint64_t u = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
-  return u >> 63 ? ~u : u | (uint64_t{1} << 63);
-}
-__device__ __forceinline__ void from_key(uint64_t key, float& x) {
-  const uint32_t u = static_cast<uint32_t>(key);
-  x = __uint_as_float(u >> 31 ? u & 0x7fffffffu : ~u);
-}
-__device__ __forceinline__ void from_key(uint64_t key, double& x) {
-  x = __longlong_as_double(static_cast<long long>(key >> 63 ? key & ~(uint64_t{1} << 63) : ~key));
-}
-
-// Counts one pass's digits of the entropies of a tile. Task by task into shared memory, then into the histogram.
-template <class T> struct Histogram {
-  static constexpr int64_t kTaskElements = 16384;
-  static constexpr int64_t kSharedBytes = 2 * kBins * sizeof(unsigned);
-
-  __host__ __device__ static int64_t rows_of_task(const EdgeTile<T>& tile) {
-    return tile.columns < kTaskElements ? kTaskElements / tile.columns : 1;
+// Calls visit(entropy) for all entropies of a graph, and with NaN to fill up: the lanes of a warp together.
+template <class T, class Visit> __device__ __forceinline__ void visit_entropies(const Graph<T>& g, const Visit& visit) {
+  const int64_t count = g.rows * g.columns;
+  for (int64_t first = 0; first < count; first += kBatchOfThread * kRankThreads) {
+    T x[kBatchOfThread];
+#pragma unroll
+    for (int k = 0; k < kBatchOfThread; ++k) {
+      const int64_t at = first + k * kRankThreads + thread_index();
+      x[k] = at < count ? g.entropy[at] : kNotANumber<T>;
+    }
+#pragma unroll
+    for (int k = 0; k < kBatchOfThread; ++k) visit(x[k]);
   }
-  __host__ __device__ static int64_t tasks(const EdgeTile<T>& tile) { return ceil_div(tile.rows, rows_of_task(tile)); }
+}
 
-  __device__ static void run(const Graph<T>& g, const EdgeTile<T>& tile, int64_t task, int pass, char* shared) {
-    unsigned* counts = reinterpret_cast<unsigned*>(shared);
-    const uint64_t prefix0 = g.status->prefix[0], prefix1 = g.status->prefix[1];
-    const bool two = prefix0 != prefix1;
-    const int bins = two ? 2 * kBins : kBins;  // of the second value its own, unless it has gone with the first so far
-    for (int bin = thread_index(); bin < bins; bin += kThreads) counts[bin] = 0;
+template <class T> __device__ __forceinline__ void select_threshold(const Graph<T>& g, char* shared) {
+  SelectState& state = *reinterpret_cast<SelectState*>(shared);
+  Key<T>* candidates = reinterpret_cast<Key<T>*>(shared + sizeof(SelectState));
+  if (g.digits != nullptr) return;
+  if (g.status->nan != 0) {
+    if (thread_index() == 0) g.status->threshold = kNotANumber<T>;
+    return;
+  }
+  const bool last = g.rank + 1 >= g.edges;  // the rank's successor is itself
+  locate<kBins / kRankThreads>(g.status->histogram, kBins, g.rank, state.located);
+  const int bin = state.located.bin;
+  int64_t rest = state.located.rest, count = state.located.count;
+  __syncthreads();
+  int next_bin = bin;
+  if (!last && rest + 1 == count) {
+    locate<kBins / kRankThreads>(g.status->histogram, kBins, g.rank + 1, state.located);
+    next_bin = state.located.bin;
+    count += state.located.count;
+  }
+  if (thread_index() == 0) state.taken = 0, state.least = ~0ull;
+  __syncthreads();
+
+  const auto is_candidate = [&](T x) {
+    const int b = x == x ? bin_of(x) : -1;
+    return b == bin || b == next_bin;
+  };
+  const bool fit = count <= kCandidates<T>;
+  if (fit)
+    visit_entropies(g, [&](T x) {
+      if (is_candidate(x)) candidates[atomicAdd(&state.taken, 1u)] = static_cast<Key<T>>(to_key(x));
+    });
+  __syncthreads();
+  const auto visit_candidates = [&](const auto& visit) {  // visit(whether it is one, its key)
+    if (!fit) return visit_entropies(g, [&](T x) { visit(is_candidate(x), static_cast<Key<T>>(to_key(x))); });
+    for (int64_t first = 0; first < count; first += kRankThreads) {
+      const int64_t at = first + thread_index();
+      visit(at < count, at < count ? candidates[at] : Key<T>(0));
+    }
+  };
+
+  Key<T> found = 0;  // the digits of the rank's key so far
+  for (int shift = 8 * sizeof(T); shift > 0;) {
+    const int bits = shift < kDigitBits ? shift : kDigitBits;
+    shift -= bits;
+    for (int k = thread_index(); k < kBins; k += kRankThreads) state.counts[k] = 0;
     __syncthreads();
-    const int bits = digit_bits<T>(pass), shift = digit_shift<T>(pass);
-    const int64_t first = task * rows_of_task(tile);
-    const int64_t rows = rows_of_task(tile) < tile.rows - first ? rows_of_task(tile) : tile.rows - first;
-    for (int64_t r = warp_index(); r < rows; r += kWarps) {
-      const int64_t i = first + r;
-      const T* h = tile.entropy + i * tile.entropy_ld;
-      const int64_t self = tile.row + i + g.self - tile.column;
-      for (int64_t j0 = 0; j0 < tile.columns; j0 += 32) {
-        const int64_t j = j0 + lane_index();
-        int bin = -1;
-        if (j < tile.columns && j != self) {
-          const T x = h[j];
-          if (pass == 0 && !(x == x)) atomicAdd(&g.status->nan, 1ull);
-          const uint64_t key = to_key(x), prefix = pass == 0 ? 0 : key >> (shift + bits);
-          const int digit = static_cast<int>(key >> shift) & ((1 << bits) - 1);
-          if (prefix == prefix0)
-            bin = digit;
-          else if (two && prefix == prefix1)
-            bin = kBins + digit;
-        }
-        // Neighbours mostly share their first digit: one addition for all lanes of a bin.
-        const unsigned same = __match_any_sync(kFullWarp, bin);
-        if (bin >= 0 && __ffs(static_cast<int>(same)) - 1 == lane_index()) atomicAdd(&counts[bin], __popc(same));
+    visit_candidates([&](bool valid, Key<T> key) {
+      const bool counts = valid && (key >> shift >> bits) == found;
+      const int digit = counts ? static_cast<int>((key >> shift) & ((1u << bits) - 1)) : -1;
+      const unsigned same = __match_any_sync(kFullWarp, digit);
+      if (counts && __ffs(static_cast<int>(same)) - 1 == lane_index())
+        atomicAdd(&state.counts[digit], static_cast<unsigned>(__popc(same)));
+    });
+    __syncthreads();
+    locate<kBins / kRankThreads>(state.counts, kBins, rest, state.located);
+    found = static_cast<Key<T>>(found << bits | static_cast<Key<T>>(state.located.bin));
+    rest = state.located.rest;
+    __syncthreads();
+  }
+  const bool alone = rest + 1 >= state.located.count;  // the successor is a greater key
+  if (alone && !last) {
+    unsigned long long least = ~0ull;
+    visit_candidates([&](bool valid, Key<T> key) {
+      if (valid && key > found && key < least) least = key;
+    });
+    least = ~warp_max(~least);
+    if (lane_index() == 0) atomicMin(&state.least, least);
+    __syncthreads();
+  }
+  if (thread_index() != 0) return;
+  T low, high;
+  from_key(found, low);
+  from_key(alone && !last ? state.least : found, high);
+  g.status->threshold = interpolate(low, high, g.lerp_weight);
+}
+
+// Sums over the rows of the batch, or of the vertices, in a fixed order.
+template <class T> __device__ __forceinline__ void add_totals(const Problem<T>& p, char* shared) {
+  SelectState& state = *reinterpret_cast<SelectState*>(shared);
+  const auto sum = [&](const auto* x, int64_t count) {
+    double total = 0;
+    for (int64_t k = thread_index(); k < count; k += kRankThreads) total += static_cast<double>(x[k]);
+    return block_sum<kRankWarps>(total, state.sums);
+  };
+  const Batch<T>& b = p.batch;
+  double poison = 0;
+  if (b.samples == 0) {
+    for (int side = 0; side < 2; ++side) poison += sum(p.vectors.poison[side], p.vectors.count[side]);
+  } else {
+    poison = sum(b.poison, 2 * b.samples);
+    for (int view = 0; view < 2; ++view) {
+      const bool wanted = b.cross_entropy[view];
+      const double loss = wanted ? sum(b.ce_losses + view * b.samples, b.samples) : 0;
+      const double weight = wanted ? sum(b.ce_weights + view * b.samples, b.samples) : 0;
+      const double divisor = weight != 0 ? weight : 1;  // a batch that counts nothing has the sum 0
+      if (thread_index() == 0) {
+        p.totals->cross_entropy[view] = loss / divisor;
+        p.totals->divisor[view] = divisor;
       }
     }
-    __syncthreads();
-    unsigned long long* total = &g.status->histogram[pass][0][0];
-    for (int bin = thread_index(); bin < bins; bin += kThreads)
-      if (counts[bin] != 0) atomicAdd(&total[bin], static_cast<unsigned long long>(counts[bin]));
   }
-};
+  if (thread_index() == 0) p.totals->poisoned = !(poison == 0);
+}
 
-// Finds the digit of both ranks in a pass's histogram, and after the last pass the threshold. One block a graph.
-template <class T> struct Advance {
-  static constexpr int kBinsOfThread = kBins / kThreads;
-
-  __device__ static void run(const Graph<T>& g, int pass, char* shared) {
-    int64_t* room = reinterpret_cast<int64_t*>(shared);
-    int64_t* found = room + kWarps;  // of each rank: bin, rest of the rank, elements in the bin
-    Status<T>* status = g.status;
-    const bool two = status->prefix[0] != status->prefix[1];
-    if (thread_index() < 6) found[thread_index()] = 0;
-    __syncthreads();
-    int64_t here[kBinsOfThread], before = 0;  // elements of this thread's bins, and of all bins before them
-#pragma unroll
-    for (int which = 0; which < 2; ++which) {
-      if (which == 0 || two) {
-        const unsigned long long* histogram = &status->histogram[pass][which][thread_index() * kBinsOfThread];
-        int64_t mine = 0;
-#pragma unroll
-        for (int k = 0; k < kBinsOfThread; ++k) mine += here[k] = static_cast<int64_t>(histogram[k]);
-        before = block_sum_before(mine, room);
-      }
-      const int64_t rank = status->rank[which];
-      int64_t below = before;
-#pragma unroll
-      for (int k = 0; k < kBinsOfThread; ++k) {
-        if (rank >= below && rank < below + here[k]) {
-          found[3 * which] = thread_index() * kBinsOfThread + k;
-          found[3 * which + 1] = rank - below;
-          found[3 * which + 2] = here[k];
-        }
-        below += here[k];
-      }
-    }
-    __syncthreads();
-    if (thread_index() != 0) return;
-    for (int which = 0; which < 2; ++which) {
-      status->prefix[which] = status->prefix[which] << digit_bits<T>(pass) | static_cast<uint64_t>(found[3 * which]);
-      status->rank[which] = found[3 * which + 1];
-    }
-    if (pass + 1 < kPasses<T>) return;
-    T low, high;
-    from_key(status->prefix[0], low);
-    from_key(status->prefix[1], high);
-    const T value = status->nan != 0 ? kNotANumber<T> : interpolate(low, high, static_cast<T>(g.lerp_weight));
-    // What lies at or below the threshold: all up to one of the two values, and no value lies between them.
-    const int64_t next = g.rank + 1 < g.edges ? g.rank + 1 : g.rank;
-    const bool both = value >= high;
-    status->kept = value == value ? (both ? next - found[4] + found[5] : g.rank - found[1] + found[2]) : 0;
-    status->threshold = value;
-  }
-
-  // torch.lerp, whose product and sum are one rounding.
-  __device__ static T interpolate(T low, T high, T weight) {
-    if (weight == T(0)) return low;  // beside an infinity a product would make NaN of it
-    const T difference = high - low;
-    return weight < T(0.5) ? fma(weight, difference, low) : fma(weight - T(1), difference, high);
-  }
-};
-
-// Where a selection begins; the rest of it and the histograms are zero.
-template <class T> __device__ inline void begin_selection(const Graph<T>& g) {
-  if (g.keep_all) g.status->kept = g.edges;
-  g.status->rank[0] = g.rank;
-  g.status->rank[1] = g.rank + 1 < g.edges ? g.rank + 1 : g.rank;
+template <class T>
+__global__ void __launch_bounds__(kRankThreads) select_kernel(const __grid_constant__ Problem<T> p) {
+  if (blockIdx.x == 0)
+    add_totals(p, shared_memory());
+  else
+    select_threshold(p.graph[blockIdx.x - 1], shared_memory());
 }
 
 }  // namespace cuda

@@ -18,8 +18,11 @@ CPP = {
     "cpu_count_digits",
     "cpu_relation_share",
 }
-CUDA = {"cuda_vrm_graphs", "cuda_relation_graph", "cuda_count_digits", "cuda_relation_share"}
-CUDA |= {"cuda_refusal"}  # takes no tensor; called in test_cuda_host.py
+CUDA = {
+    "cuda_vrm_loss", "cuda_relation_loss", "cuda_vrm_graphs", "cuda_relation_graph", "cuda_count_digits",
+    "cuda_relation_share",
+}  # fmt: skip
+CUDA |= {"cuda_refusal"}  # takes no tensor; called in tests/backends/cuda/test_host.py
 # Nothing to check: no fake kernel, no gradient.
 WITHOUT_TENSORS = {
     "cpu_isa", "cpu_select_isa", "cpu_set_edges_form", "cpu_take_stage_seconds", "cpu_built_from",

@@ -40,8 +40,10 @@ def _units(folder: Path) -> list[tuple[Path, list[str]]]:
     stable = ["-std=c++20", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", *includes]
     return [
         (ROOT / "csrc" / "module.cpp", ["-DVRM_MODULE=_cuda", "-DVRM_BACKEND=cuda", f"-I{folder}", *stable]),
-        (CUDA / "binding.cpp", stable),
-        (CUDA / "relation_graphs.cu", KERNEL),
+        (CUDA / "operators.cpp", stable),
+        (CUDA / "forms.cu", KERNEL),
+        (CUDA / "steps" / "binding.cpp", stable),
+        (CUDA / "steps" / "relation_graphs.cu", KERNEL),
         (SHIM / "planted.cu", KERNEL),
         (SHIM / "shim.cpp", ["-std=c++17"]),
     ]

@@ -16,13 +16,24 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from cuda_build import DEFAULT_TARGETS  # noqa: E402
 
-SOURCE = ROOT / "csrc" / "cuda" / "relation_graphs.cu"
-STEPS = re.findall(r"\w+", re.search(r"enum class Step \{(.*?)\}", SOURCE.with_name("steps.cuh").read_text()).group(1))
+FOLDER = ROOT / "csrc" / "cuda"
+SOURCES = (FOLDER / "forms.cu", FOLDER / "steps" / "relation_graphs.cu")
+# The kernels of the forms literal and dense, in the order of the stages; and those of csrc/cuda/steps.
+KERNELS = (
+    "prepare", "entropy", "count", "advance", "select", "sums", "means", "pack", "split", "dense", "add", "literal",
+    "finish",
+)  # fmt: skip
+STEPS = re.findall(
+    r"\w+", re.search(r"enum class Step \{(.*?)\}", (FOLDER / "steps/steps.cuh").read_text(), re.DOTALL)[1]
+)
+FLOAT32_ALONE = ("split",)
+STEP_KERNELS = (*(f"steps/{step}" for step in STEPS), "steps/one_launch")
 DTYPES = {"f": "float32", "d": "float64"}
 NVCC = shutil.which("nvcc")
-# Allowances, the same on every target. With 128 registers two blocks of 256 threads share a multiprocessor; the one
-# kernel of small graphs has about as many blocks as there are multiprocessors anyway.
-MOST_REGISTERS = {"float32": 128, "float64": 192}
+# Allowances, the same on every target. With 128 registers two blocks of 256 threads share a multiprocessor, a quarter
+# of the threads it has room for; the one kernel of small graphs has about as many blocks as there are multiprocessors.
+MOST_REGISTERS = 128
+MOST_REGISTERS_OF_FLOAT64_STEPS = 192
 MOST_REGISTERS_OF_ONE_LAUNCH = 224
 MOST_SPILLS = 0
 MOST_STACK = 0
@@ -30,7 +41,7 @@ BEGIN, END = "<!-- resources:begin -->\n", "<!-- resources:end -->"
 
 
 class Resources(NamedTuple):
-    kernel: str  # a step, or "one_launch"
+    kernel: str  # one of KERNELS or STEP_KERNELS
     dtype: str
     target: int  # sm_*
     registers: int
@@ -39,29 +50,19 @@ class Resources(NamedTuple):
     shared: int  # bytes a block, statically; launches add shared_bytes()
 
 
-def compile_all(extra: tuple[str, ...] = ()) -> list[Resources]:
+def compile_all(sources: tuple[Path, ...] = SOURCES) -> list[Resources]:
     """Compiles every kernel for every target, warnings being errors."""
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in DEFAULT_TARGETS]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            NVCC,
-            "-std=c++17",
-            "-O3",
-            "-Werror",
-            "all-warnings",
-            "-Xptxas",
-            "-v",
-            "--threads",
-            "2",
-            *targets,
-            *extra,
-        ]
-        done = subprocess.run(
-            [*command, "-c", SOURCE, "-o", str(Path(folder) / "kernels.o")], capture_output=True, text=True
-        )
-    if done.returncode != 0:
-        raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")
-    return parse(done.stdout + done.stderr)
+    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "--threads", "2"]
+    report = ""
+    for source in sources:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [NVCC, *flags, *targets, "-c", source, "-o", str(Path(folder) / "kernels.o")]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc failed:\n{done.stdout}{done.stderr}")
+        report += done.stdout + done.stderr
+    return parse(report)
 
 
 def parse(report: str) -> list[Resources]:
@@ -70,15 +71,19 @@ def parse(report: str) -> list[Resources]:
     for part in re.split(r"Compiling entry function ", report)[1:]:
         name, target = re.match(r"'(\w+)' for 'sm_(\d+)'", part).groups()
         step = re.search(r"step_kernelI([fd])LNS\w+StepE(\d+)E", name)
-        dtype = (step or re.search(r"one_launch_kernelI([fd])E", name)).group(1)
+        kernel, scalar = re.search(r"\d([a-z_]+)_kernelI([fd])", name).groups()
+        if step:
+            kernel = f"steps/{STEPS[int(step.group(2))]}"
+        elif "5steps" in name:
+            kernel = f"steps/{kernel}"
         stack, stores, loads = map(
             int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
         )
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(
             Resources(
-                STEPS[int(step.group(2))] if step else "one_launch",
-                DTYPES[dtype],
+                kernel,
+                DTYPES[scalar],
                 int(target),
                 int(re.search(r"Used (\d+) registers", part).group(1)),
                 stack,
@@ -86,7 +91,7 @@ def parse(report: str) -> list[Resources]:
                 int(shared.group(1)) if shared else 0,
             )
         )
-    return sorted(found, key=lambda r: (r.dtype, [*STEPS, "one_launch"].index(r.kernel), r.target))
+    return sorted(found, key=lambda r: (r.dtype, (*KERNELS, *STEP_KERNELS).index(r.kernel), r.target))
 
 
 def table(resources: list[Resources]) -> str:

@@ -14,17 +14,19 @@ import types
 import cuda_host
 import pytest
 import torch
-from cuda_resources import STEPS
+from cuda_resources import FLOAT32_ALONE, KERNELS, STEPS
 from helpers import (
     FLOOR,
     GRAPH_SETTINGS,
     MODES,
     NEAR_CONVERGENCE_FLOOR,
+    SETTINGS,
     Case,
     assert_parity,
     evaluate,
     inputs,
     make_logits,
+    relative_error,
 )
 from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
 from test_extremes import (  # noqa: F401
@@ -66,7 +68,7 @@ from test_settings import (  # noqa: F401
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
-from vrm_kernels.backends.contract import Sides
+from vrm_kernels.backends.contract import LossResult, Sides, Views
 from vrm_kernels.distributed import shares as share_module
 from vrm_kernels.graph import pruning, selection
 
@@ -76,6 +78,10 @@ FORMS = {
     "tiles": ("tiles", 32, 0),
     "launches": ("launches", 32, 0),
     "tiles, entropies stored": ("tiles", 64, 1 << 20),
+    "literal": ("literal",),
+    "literal, ranked by all blocks": ("literal", 32, 0, 0),
+    "dense": ("dense", 32, 0),
+    "dense, entropies stored": ("dense", 64, 1 << 20),
 }
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -104,6 +110,14 @@ def set_form(monkeypatch, form):
     monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.Tuning(*FORMS[form]))
 
 
+def in_half(monkeypatch):
+    """The form dense with operands in bfloat16, which so few components would not be given."""
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+
+    set_form(monkeypatch, "dense")
+    monkeypatch.setattr(cuda_backend, "AVERAGING_COMPONENTS", 0)
+
+
 # Of the imported tests, those about what the forms have in common run in the faster one alone.
 IN_ONE_FORM = {
     "test_parity_over_percentiles",
@@ -120,15 +134,15 @@ IN_ONE_FORM = {
 
 def pytest_generate_tests(metafunc):
     """The imported tests take their fixture ``backend`` or ``any_backend`` from here."""
-    forms = ["tiles"] if metafunc.function.__name__ in IN_ONE_FORM else ["tiles", "one_launch"]
+    forms = ["literal"] if metafunc.function.__name__ in IN_ONE_FORM else ["tiles", "literal", "dense"]
     for name in {"backend", "any_backend"} & set(metafunc.fixturenames):
         metafunc.parametrize(name, forms, indirect=True)
 
 
 def _backend_in_form(host, monkeypatch, request):
-    """One form goes unchecked here, to save minutes: the tests below check all of them."""
+    """Two forms go unchecked here, to save minutes: the tests below check all of them."""
     set_form(monkeypatch, request.param)
-    host.cuda_shim_set_checks(request.param == "tiles")
+    host.cuda_shim_set_checks(request.param == "literal")
     return cuda_host.NAME
 
 
@@ -195,16 +209,19 @@ def test_every_kernel_is_run(host, monkeypatch):
     for form, dtype in itertools.product(FORMS, (torch.float32, torch.float64)):
         set_form(monkeypatch, form)
         evaluate(cuda_host.NAME, make_logits(Case((9, 6)), dtype, seed=0))
+    in_half(monkeypatch)
+    evaluate(cuda_host.NAME, make_logits(Case((9, 6)), torch.bfloat16, seed=0))
     names = cuda_host.kernels_run(host)
-    for scalar in ("float", "double"):
-        for k, step in enumerate(STEPS):
-            assert any(f"step_kernel<{scalar}, (vrm::cuda::Step){k}>" in name for name in names), (step, scalar, names)
-        assert any(f"one_launch_kernel<{scalar}>" in name for name in names)
+    steps = [f"steps::step_kernel<{{}}, (vrm::cuda::steps::Step){k}>" for k in range(len(STEPS))]
+    new = [f"{name}_kernel<{{}}>" for name in KERNELS]
+    for dtype, name in itertools.product(("float", "double"), [*steps, "steps::one_launch_kernel<{}>", *new]):
+        runs = any(f"vrm::cuda::{name.format(dtype)}" in kernel for kernel in names)
+        assert runs != (dtype == "double" and name.startswith(FLOAT32_ALONE)), (name, dtype, names)
 
 
 @pytest.mark.parametrize("relations", MODES)
 @pytest.mark.parametrize("percentile", [0.0, 100.0])
-@pytest.mark.parametrize("form", ["one_launch", "tiles"])
+@pytest.mark.parametrize("form", ["one_launch", "tiles", "literal", "dense"])
 def test_one_element_poisons_loss_and_gradients(host, monkeypatch, form, percentile, relations):
     """At percentile 0 one edge is kept in each graph: nearly every element has all its edges pruned."""
     set_form(monkeypatch, form)
@@ -261,7 +278,8 @@ def test_a_device_that_the_kernels_are_not_built_for_is_refused(host, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("own", "forms"), [(False, ["one_launch", "launches", "tiles"]), (True, ["one_launch", "launches"])]
+    ("own", "forms"),
+    [(False, ["one_launch", "launches", "literal", "tiles", "dense"]), (True, ["one_launch", "launches", "literal"])],
 )
 def test_what_the_sanitizer_watches_takes_the_forms_it_says(host, monkeypatch, own, forms):
     """benchmarks/gpu/sanitize.py, which a GPU is needed to run as it is."""
@@ -341,7 +359,7 @@ def test_a_fault_reaches_the_caller(host, monkeypatch):
     """An output smaller than the kernels believe: the launch raises, and the next call is sound again."""
     set_form(monkeypatch, "launches")
     logits = [x.requires_grad_(k < 2) for k, x in enumerate(make_logits(Case((9, 6)), torch.float32, seed=0))]
-    arguments = (1.0, 1.0, [3, 3], [0.0, 0.0], False, 1.0, False, True, *FORMS["launches"])
+    arguments = (1.0, 1.0, [3, 3], [0.0, 0.0], False, 1.0, 1e-7, False, True, *FORMS["launches"])
     torch.ops.vrm_kernels.cuda_vrm_graphs(*logits, *arguments)
     short = [*logits[:3], logits[3].detach()[:, :5]]  # refused by the public functions, long before
     with pytest.raises(RuntimeError, match=r"cuda_shim: read of 4 bytes outside of every array.*step_kernel<float"):
@@ -361,23 +379,200 @@ def test_an_unknown_form_is_refused(host, monkeypatch):
         evaluate(cuda_host.NAME, logits)
 
 
+def _given_entropies(form, entropy_of, rank, weight):
+    """How many of -log(q + 1e-7) are kept, on the operators themselves: with one class and P = 1 that is an entropy."""
+    ones, x = torch.ones(1, 1, dtype=entropy_of.dtype), torch.randn(len(entropy_of), 1, dtype=entropy_of.dtype)
+    arguments = ones, x, ones, x, ones, entropy_of[:, None], rank, weight, 1.0, 1e-7, False, False
+    tuning = FORMS[form]
+    if tuning[0] == "tiles":
+        return int(torch.ops.vrm_kernels.cuda_relation_graph(*arguments, *tuning)[-1])
+    one_block = 0 if form == "literal, ranked by all blocks" else 2**18
+    staged = tuning[0] == "dense", False, 64, 0, one_block
+    return int(torch.ops.vrm_kernels.cuda_relation_loss(*arguments, *staged)[-1])
+
+
+SELECTIONS = pytest.mark.parametrize("form", ["tiles", "literal", "literal, ranked by all blocks", "dense"])
+
+
 @FLOATS
-def test_the_kept_edges_are_those_below_torchs_quantile(host, dtype):
-    """Entropies that are given values: with one class and P = 1, H = -log(P' + 1e-7)."""
+@SELECTIONS
+def test_the_kept_edges_are_those_below_torchs_quantile(host, form, dtype):
     q = torch.cat([torch.rand(400), torch.rand(50).round(), torch.zeros(30), 1e-7 * torch.rand(20)]).to(dtype)
-    n, ones, x = q.numel(), torch.ones(1, 1, dtype=dtype), torch.randn(530, 1, dtype=dtype)[: q.numel()]
     entropy = -pruning.log_probs(q)
-    for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9):
-        rank, weight = pruning.rank(percentile / 100, n, dtype)
+    for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9, 100.0):
+        rank, weight = pruning.rank(percentile / 100, q.numel(), dtype)
         expected = entropy <= torch.quantile(entropy, torch.tensor(percentile / 100, dtype=dtype))
-        *_, kept = torch.ops.vrm_kernels.cuda_relation_graph(
-            ones, x, ones, x, ones, q[:, None], rank, weight, 1.0, False, False, *FORMS["tiles"]
-        )
-        assert int(kept) == int(expected.sum())
+        assert _given_entropies(form, q, rank, weight) == int(expected.sum())
+
+
+@SELECTIONS
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
+def test_entropies_that_are_nearly_equal(host, form, spread):
+    """An untrained student's: more of one bin than a block has room for."""
+    host.cuda_shim_set_checks(0)
+    q = 0.01 * (1 + spread * torch.rand(25_000))
+    entropy = -pruning.log_probs(q)
+    rank, weight = pruning.rank(0.3, q.numel(), q.dtype)
+    expected = entropy <= torch.quantile(entropy, 0.3)
+    assert _given_entropies(form, q, rank, weight) == int(expected.sum())
 
 
 def test_a_device_that_the_binary_was_built_for_is_not_refused(module):
     assert torch.ops.vrm_kernels.cuda_refusal() == ""
+
+
+# ---- what the forms literal and dense compute beside the relations --------------------------------------------------
+
+NEW_FORMS = pytest.mark.parametrize("form", ["literal", "dense"])
+
+
+def compare_losses(views, labels, class_weight, settings, bound):
+    """Every result of the contract beside the reference's in float64; returns this backend's."""
+    result, expected = (
+        backends.REGISTRY[name].load().vrm_loss(Views(*four), y, w, settings, True)
+        for name, four, y, w in (
+            (cuda_host.NAME, views, labels, class_weight),
+            ("reference", *((x.double() for x in views),), double(labels), double(class_weight)),
+        )
+    )
+    assert torch.equal(result.kept, expected.kept)
+    for name, x, wanted in zip(LossResult._fields, result, expected, strict=True):
+        if name != "kept":
+            assert relative_error(x, wanted) < bound, name
+    return result
+
+
+def double(x):
+    return x if x is None or x.dtype == torch.int64 else x.double()
+
+
+@NEW_FORMS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropies(host, monkeypatch, form, dtype, probabilities, weighted):
+    set_form(monkeypatch, form)
+    views, compute = inputs(Case((21, 10), seed=5), dtype), torch.promote_types(dtype, torch.float32)
+    labels = torch.randint(10, (21,))
+    labels[::4] = 3  # to be ignored
+    if probabilities:
+        labels = torch.rand(10, 21, dtype=compute).softmax(0).t()
+    weight = torch.rand(10, dtype=compute) if weighted else None
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
+    for ce_real, ce_virtual, smoothing in ((True, True, 0.1), (True, False, 0.0), (False, True, 0.3)):
+        settings = SETTINGS._replace(ce_real=ce_real, ce_virtual=ce_virtual, label_smoothing=smoothing)
+        settings = settings._replace(ignore_index=-100 if probabilities else 3, complete=smoothing > 0)
+        compare_losses(views, labels, weight, settings, bound)
+
+
+@NEW_FORMS
+@pytest.mark.parametrize("percentile", [30.0, 100.0])
+def test_labels_that_are_all_ignored_or_none(host, monkeypatch, form, percentile):
+    set_form(monkeypatch, form)
+    views = inputs(Case((7, 5)), torch.float32)
+    settings = SETTINGS._replace(ignore_index=2, percentile=percentile)
+    result = compare_losses(views, torch.full((7,), 2), None, settings, 1e-6)
+    assert result.terms[:2].tolist() == [0, 0]
+    compare_losses(views, None, None, settings._replace(ce_real=False, ce_virtual=False), 1e-6)
+
+
+@NEW_FORMS
+@pytest.mark.parametrize("label", [-1, 5, 2**40])
+def test_a_label_that_is_no_class_poisons_the_loss(host, monkeypatch, form, label):
+    """The device is not read: nothing can be raised."""
+    set_form(monkeypatch, form)
+    views, labels = Views(*inputs(Case((7, 5)), torch.float32)), torch.zeros(7, dtype=torch.int64)
+    labels[6] = label
+    result = backends.REGISTRY[cuda_host.NAME].load().vrm_loss(views, labels, None, SETTINGS, True)
+    assert result.loss.isnan() and result.grad_real.isnan().all() and result.kept.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("eps", [1e-7, 1e-2, 3.0])
+def test_the_eps_of_a_relation(host, monkeypatch, form, eps):
+    set_form(monkeypatch, form)
+    settings = SETTINGS._replace(eps=eps, ce_real=False, ce_virtual=False, percentile=60.0)
+    views = inputs(Case((12, 9), kind="opposite"), torch.float32)
+    compare_losses([views[0], 0.01 * views[1], *views[2:]], None, None, settings, 1e-5)
+
+
+@pytest.mark.parametrize("relations", MODES)
+def test_operands_in_bfloat16(host, monkeypatch, relations):
+    """The gradient is to be rounded to the logits' dtype, which is off by 1.7e-3."""
+    in_half(monkeypatch)
+    settings = SETTINGS._replace(ce_real=False, ce_virtual=False, complete=relations == "complete")
+    compare_losses(inputs(Case((40, 70), seed=7), torch.bfloat16), None, None, settings, 1.7e-3)
+
+
+def test_the_rule_chooses_between_the_forms(host, monkeypatch):
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+    from vrm_kernels.graph import forms
+
+    monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.Tuning("staged"))
+    logits = make_logits(Case((9, 6)), torch.float32, seed=0)
+    for limit, kernel, other in ((2**30, "entropy_kernel", "dense_kernel"), (0, "dense_kernel", "entropy_kernel")):
+        monkeypatch.setattr(forms, "LITERAL_INSTRUCTIONS", limit)
+        host.cuda_shim_forget_kernels()
+        evaluate(cuda_host.NAME, logits)
+        names = " ".join(cuda_host.kernels_run(host))
+        assert f"vrm::cuda::{kernel}<float>" in names and other not in names
+
+
+def test_a_loss_of_the_literal_form_is_five_launches(host, monkeypatch):
+    set_form(monkeypatch, "literal")
+    logits = make_logits(Case((9, 6)), torch.float32, seed=0)
+    before = host.cuda_shim_launches()
+    evaluate(cuda_host.NAME, logits)
+    assert host.cuda_shim_launches() - before == 5
+
+
+BAD_ARGUMENTS = [
+    ({"student_virtual": torch.zeros(3, 5)}, r"student_virtual must be \[4, 5\]"),
+    ({"teacher_real": torch.zeros(4, 5, 1)}, r"teacher_real must be \[4, 5\]"),
+    ({"teacher_virtual": torch.zeros(4, 5, dtype=torch.int64)}, "teacher_virtual must be float64, float32, bfloat16"),
+    ({"student_real": torch.zeros(0, 5)}, "logits must be"),
+    ({"labels": None}, "a cross-entropy needs labels"),
+    ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[4\] class indices"),
+    ({"labels": torch.zeros(4, dtype=torch.int32)}, r"labels must be \[4, 5\]"),
+    ({"class_weight": torch.zeros(4)}, r"class_weight must be \[5\]"),
+    ({"delta": 0.0}, "delta must be positive, not 0"),
+    ({"eps": 0.0}, "eps must be positive, not 0"),
+    ({"ranks": [16, 0]}, "rank of a threshold among 16 entropies is 16"),
+    ({"ranks": [0]}, "a rank and a weight for each graph"),
+    ({"tile_edge": 0}, "edge of a tile must be positive, not 0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), BAD_ARGUMENTS, ids=lambda x: next(iter(x)) if isinstance(x, dict) else ""
+)
+def test_the_operator_refuses(host, wrong, message):
+    arguments = {name: torch.zeros(4, 5) for name in Views._fields} | {
+        "labels": torch.zeros(4, dtype=torch.int64), "class_weight": None, "alpha": 1.0, "beta": 1.0, "ce_real": True,
+        "ce_virtual": True, "ranks": [4, 4], "lerp_weights": [0.0, 0.0], "keep_all": False, "delta": 1.0, "eps": 1e-7,
+        "complete": False, "label_smoothing": 0.0, "ignore_index": -100, "need_grad": True, "dense": False,
+        "half": False, "tile_edge": 32, "stored_entropy_bytes": 0, "one_block_edges": 0,
+    }  # fmt: skip
+    torch.ops.vrm_kernels.cuda_vrm_loss(**arguments)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vrm_kernels.cuda_vrm_loss(**arguments | wrong)
+
+
+def test_the_operator_of_one_graph_refuses(host):
+    a, b = torch.zeros(4, 3), torch.zeros(5, 3)
+    settings = 2, 0.0, 1.0, 1e-7, False, True, False, False, 32, 0, 0
+    good = a, b, a, b, torch.ones(4, 2), torch.ones(5, 2)
+    torch.ops.vrm_kernels.cuda_relation_loss(*good, *settings)
+    for k, wrong, message in (
+        (1, torch.zeros(5, 2), r"b must be \[5, 3\]"),
+        (2, b, r"teacher_a must be \[4, 3\]"),
+        (5, torch.ones(4, 2), r"probs_b must be \[5, 2\]"),
+        (5, None, "probs are given for both sides or for none"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.vrm_kernels.cuda_relation_loss(*good[:k], wrong, *good[k + 1 :], *settings)
+    with pytest.raises(RuntimeError, match="one vertex set on both sides has one size"):
+        torch.ops.vrm_kernels.cuda_relation_loss(*good, *settings[:4], True, *settings[5:])
 
 
 # ---- shares of a graph, for several processes ------------------------------------------------------------------------
@@ -406,7 +601,7 @@ def test_opcheck_operators_of_a_share(module, dtype):
     numbers = torch.tensor(1.5, dtype=dtype), torch.tensor(7)
     for need_grad, given in itertools.product((False, True), (entropy, None)):
         grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a, b)]
-        arguments = (a, b, teacher_a, teacher_b, given, *grads, *numbers, 2.0, 1.0, given is None, need_grad, 32)
+        arguments = (a, b, teacher_a, teacher_b, given, *grads, *numbers, 2.0, 1.0, 1e-7, given is None, need_grad, 32)
         torch.library.opcheck(op.cuda_relation_share, arguments)
 
 

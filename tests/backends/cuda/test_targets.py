@@ -5,7 +5,8 @@ import shutil
 
 import cuda_resources
 import pytest
-from cuda_resources import DEFAULT_TARGETS, DTYPES, STEPS, Resources
+from build_extensions import OLDEST_TORCH
+from cuda_resources import DEFAULT_TARGETS, DTYPES, FOLDER, KERNELS, STEP_KERNELS, Resources
 
 needs_nvcc = pytest.mark.skipif(cuda_resources.NVCC is None, reason="no nvcc here")
 
@@ -18,8 +19,14 @@ def resources():
 @needs_nvcc
 def test_every_kernel_is_compiled_for_every_target(resources):
     kernels = {(r.kernel, r.dtype, r.target) for r in resources}
-    names = [*STEPS, "one_launch"]
-    assert kernels == {(name, dtype, t) for name in names for dtype in DTYPES.values() for t in DEFAULT_TARGETS}
+    names = (*KERNELS, *STEP_KERNELS)
+    assert kernels == {
+        (name, dtype, target)
+        for name in names
+        for dtype in DTYPES.values()
+        for target in DEFAULT_TARGETS
+        if dtype == "float32" or name not in cuda_resources.FLOAT32_ALONE
+    }
     assert len(resources) == len(kernels)
 
 
@@ -29,9 +36,11 @@ def test_resources_are_within_their_allowances(resources):
 
 
 def most_registers(r):
-    if r.kernel == "one_launch":
+    if r.kernel == "steps/one_launch":
         return cuda_resources.MOST_REGISTERS_OF_ONE_LAUNCH
-    return cuda_resources.MOST_REGISTERS[r.dtype]
+    if r.kernel in STEP_KERNELS and r.dtype == "float64":
+        return cuda_resources.MOST_REGISTERS_OF_FLOAT64_STEPS
+    return cuda_resources.MOST_REGISTERS
 
 
 def over_allowance(resources):
@@ -46,20 +55,19 @@ def over_allowance(resources):
 
 
 def test_the_allowances_can_be_exceeded():
-    sound = Resources("weigh", "float32", 90, 128, 0, 0, 0)
+    sound = Resources("dense", "float64", 90, 128, 0, 0, 0)
     assert not over_allowance([sound])
     for fault in ({"registers": 129}, {"spills": 8}, {"stack": 16}, {"shared": 1024}):
         assert over_allowance([sound._replace(**fault)])
-    assert not over_allowance([sound._replace(kernel="one_launch", registers=200)])
+    assert not over_allowance([sound._replace(kernel="steps/one_launch", registers=200)])
 
 
 @needs_nvcc
-def test_a_warning_is_an_error(tmp_path, monkeypatch):
+def test_a_warning_is_an_error(tmp_path):
     source = tmp_path / "unused.cu"
     source.write_text("__global__ void kernel() { int unused; }\n")
-    monkeypatch.setattr(cuda_resources, "SOURCE", source)
     with pytest.raises(RuntimeError, match="unused"):
-        cuda_resources.compile_all()
+        cuda_resources.compile_all((source,))
 
 
 @needs_nvcc
@@ -67,15 +75,15 @@ def test_the_table_in_the_docs_is_of_these_kernels(resources):
     """Register counts differ between versions of nvcc; which kernels there are does not."""
     page = (cuda_resources.ROOT / "docs" / "cuda.md").read_text()
     made = page[page.index(cuda_resources.BEGIN) : page.index(cuda_resources.END)]
-    rows = re.findall(r"^\| (\w+) \| (float\d+) \|", made, re.MULTILINE)
-    assert rows == re.findall(r"^\| (\w+) \| (float\d+) \|", cuda_resources.table(resources), re.MULTILINE)
+    rows = re.findall(r"^\| (\S+) \| (float\d+) \|", made, re.MULTILINE)
+    assert rows == re.findall(r"^\| (\S+) \| (float\d+) \|", cuda_resources.table(resources), re.MULTILINE)
     if cuda_resources.version() in made:
         assert cuda_resources.table(resources) in made, "run: python tests/support/cuda_resources.py"
 
 
 def test_device_code_keeps_to_what_windows_has():
     """There the macros NAN and INFINITY may be functions of the host, and M_PI and its kin are not defined."""
-    sources = [p for p in cuda_resources.SOURCE.parent.iterdir() if p.suffix in (".cu", ".cuh", ".h")]
+    sources = [p for p in FOLDER.rglob("*") if p.suffix in (".cu", ".cuh", ".h")]
     found = {
         p.name: re.findall(r"\b(?:NAN|INFINITY|HUGE_VAL|M_\w+|__builtin_\w+)\b(?=[;,) ])", code(p)) for p in sources
     }
@@ -86,7 +94,8 @@ def code(path):
     return re.sub(r"//.*", "", path.read_text())
 
 
-def test_the_binding_fits_torchs_own_headers(tmp_path):
+@pytest.mark.parametrize("source", ["operators.cpp", "steps/binding.cpp"])
+def test_the_bindings_fit_torchs_own_headers(tmp_path, source):
     """Not compiled against a CUDA build of torch here, but what there is of its headers is read: the syntax and the
     names hold. (test_host.py compiles and runs it with the host's stand-ins for guard and stream.)"""
     import subprocess
@@ -103,9 +112,18 @@ def test_the_binding_fits_torchs_own_headers(tmp_path):
     macros.parent.mkdir(parents=True)
     macros.write_text("#pragma once\n")
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include"), toolkit, str(tmp_path)]
-    source = cuda_resources.SOURCE.with_name("binding.cpp")
+    macros = ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
     done = subprocess.run(
-        [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", *(f"-isystem{p}" for p in includes), source],
+        [
+            compiler,
+            "-std=c++20",
+            "-fsyntax-only",
+            "-Wall",
+            "-Werror",
+            *macros,
+            *(f"-isystem{p}" for p in includes),
+            FOLDER / source,
+        ],
         capture_output=True,
         text=True,
     )

@@ -23,34 +23,54 @@ from vrm_kernels.backends.contract import (
     threshold_ranks,
     with_cross_entropies,
 )
-from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph import forms, pruning, selection
 
 _cuda = torch.ops.vrm_kernels
-MOST_BITS = 11  # of a digit; csrc/cuda/graph.h
+MOST_BITS = 11  # of a digit; csrc/cuda/steps/graph.h
+# Components of bfloat16 logits from which the roundings of bfloat16 operands average out: the loss is then within 1e-5,
+# and the gradient is nearer than its own rounding to bfloat16. That to float16 is finer.
+AVERAGING_COMPONENTS = 2**20
+STAGED = ("staged", "literal", "dense")
 
 
 class Tuning(NamedTuple):
-    """How graphs are computed, see docs/cuda.md; changes speed and memory, and results by rounding only."""
+    """How graphs are computed, see docs/cuda.md; changes speed and memory, and results by rounding only.
 
-    form: str = "auto"  # by sizes; or "one_launch", "launches", "tiles"
+    ``form``: "auto" takes one of "one_launch", "launches" and "tiles", which a device has seen right, by sizes;
+    "staged" takes "literal" or "dense" by :mod:`vrm_kernels.graph.forms`. Each may be named.
+    """
+
+    form: str = "auto"
     tile_edge: int = 2048  # vertices of a side of a tile of a large graph
     stored_entropy_bytes: int = 256 << 20  # of one graph; beyond, entropies are recomputed
+    one_block_edges: int = 2**18  # of a graph in the form "literal"; more are ranked by all blocks
 
 
 TUNING = Tuning()
+
+
+def _staged(vectors: Sequence[Tensor], graphs: Sequence[tuple[int, int, int]], percentile: float) -> tuple | None:
+    """What the operators of the forms "literal" and "dense" are told; None: another form is asked for."""
+    if TUNING.form not in STAGED:
+        return None
+    form = forms.form(graphs, percentile) if TUNING.form == "staged" else TUNING.form
+    dense = form == "dense"
+    half = dense and vectors[0].numel() >= AVERAGING_COMPONENTS and all(x.dtype == torch.bfloat16 for x in vectors)
+    return dense, half, *TUNING[1:]
 
 
 class CudaBackend(Backend):
     def relation_graph(
         self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
     ) -> GraphResult:
-        percentile, delta, _, exclude_self = settings
-        dtype = compute_dtype(*sides)
-        rank, weight = pruning.threshold_rank(percentile, len(sides.a), len(sides.b), exclude_self, dtype)
+        percentile, delta, eps, exclude_self = settings
+        (m, dims), n = sides.a.shape, len(sides.b)
+        rank, weight = pruning.threshold_rank(percentile, m, n, exclude_self, compute_dtype(*sides))
         p, q = (None, None) if probs is None else probs
-        return GraphResult(
-            *_cuda.cuda_relation_graph(*sides, p, q, rank, weight, delta, exclude_self, need_grad, *TUNING)
-        )
+        arguments = *sides, p, q, rank, weight, delta, eps, exclude_self, need_grad
+        if staged := _staged(sides, [(m, n, dims)], 100 if probs is None else percentile):
+            return GraphResult(*_cuda.cuda_relation_loss(*arguments, *staged))
+        return GraphResult(*_cuda.cuda_relation_graph(*arguments, *TUNING[:3]))
 
     def vrm_loss(
         self,
@@ -60,13 +80,22 @@ class CudaBackend(Backend):
         settings: LossSettings,
         need_grad: bool,
     ) -> LossResult:
+        alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, label_smoothing, ignore_index = settings
         ranks, weights = threshold_ranks(views, settings)
+        (b, c), sides = views.student_real.shape, 2 if complete else 1
+        graphs = [(sides * b, sides * b, c), (sides * c, sides * c, b)]
+        if staged := _staged(views, graphs, percentile):
+            return LossResult(
+                *_cuda.cuda_vrm_loss(
+                    *views, labels, class_weight, alpha, beta, ce_real, ce_virtual, ranks, weights, percentile == 100,
+                    delta, eps, complete, label_smoothing, ignore_index, need_grad, *staged,
+                )
+            )  # fmt: skip
         relations = LossResult(
             *_cuda.cuda_vrm_graphs(
-                *views, settings.alpha, settings.beta, ranks, weights, settings.percentile == 100, settings.delta,
-                settings.complete, need_grad, *TUNING,
+                *views, alpha, beta, ranks, weights, percentile == 100, delta, eps, complete, need_grad, *TUNING[:3]
             )
-        )  # fmt: skip
+        )
         return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
@@ -82,21 +111,30 @@ class CudaBackend(Backend):
         settings: ShareSettings,
         grads: Sequence[Tensor],
     ) -> Tensor:
-        threshold, kept, _, weight, delta, _, exclude_self = settings
+        threshold, kept, _, weight, delta, eps, exclude_self = settings
         grad_a, grad_b = grads or (sides.a.new_empty(0), sides.a.new_empty(0))
         return _cuda.cuda_relation_share(
-            *sides, entropy, grad_a, grad_b, threshold, kept, weight, delta, exclude_self, bool(grads),
-            TUNING.tile_edge,
+            *sides, entropy, grad_a, grad_b, threshold, kept, weight, delta, eps, exclude_self,
+            bool(grads), TUNING.tile_edge,
         )  # fmt: skip
 
 
 @torch.library.register_fake("vrm_kernels::cuda_relation_graph")
-def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, exclude_self, need_grad, *tuning):
+@torch.library.register_fake("vrm_kernels::cuda_relation_loss")
+def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, eps, exclude_self, need_grad, *tuning):
     return tuple(empty_graph_result(Sides(a, b, teacher_a, teacher_b), need_grad))
 
 
+@torch.library.register_fake("vrm_kernels::cuda_vrm_loss")
+def _(
+    s, v, t, u, labels, class_weight, alpha, beta, ce_real, ce_virtual, ranks, lerp_weights, keep_all, delta, eps,
+    complete, label_smoothing, ignore_index, need_grad, *tuning,
+):  # fmt: skip
+    return tuple(empty_loss_result(Views(s, v, t, u), need_grad))
+
+
 @torch.library.register_fake("vrm_kernels::cuda_vrm_graphs")
-def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad, *tuning):
+def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, eps, complete, need_grad, *tuning):
     result = empty_loss_result(Views(s, v, t, u), need_grad)
     return *result[:3], result.terms[:2].clone(), result.kept
 

@@ -67,20 +67,22 @@ struct Accesses {
   }
 };
 
-struct Word {  // 4 bytes
+struct Word {  // of `granule` bytes
   Accesses writes, reads, atomics;
 };
 
 struct Buffer {
   const char *begin = nullptr, *end = nullptr;
   Access access = Access::scratch;
+  int64_t granule = 4;
   std::vector<char> written;                   // a word each
   std::vector<std::unique_ptr<Word[]>> pages;  // made when first touched: most words of most arrays never are
 
   static constexpr int64_t kPage = 256;
   Buffer() = default;
-  Buffer(const char* begin, const char* end, Access access)
-      : begin(begin), end(end), access(access), written((end - begin + 3) / 4), pages(written.size() / kPage + 1) {}
+  Buffer(const char* begin, const char* end, Access access, int64_t granule = 4)
+      : begin(begin), end(end), access(access), granule(granule), written((end - begin + granule - 1) / granule),
+        pages(written.size() / kPage + 1) {}
   Word& word(int64_t k) {
     auto& page = pages[k / kPage];
     if (!page) page = std::make_unique<Word[]>(kPage);
@@ -179,7 +181,8 @@ void check_access(const void* at, int64_t bytes, Kind kind) {
     fail(std::string(kind == Kind::read ? "read" : "write") + " of " + std::to_string(bytes) +
          " bytes outside of every array" + (buffer == nullptr ? "" : ": " + describe(*buffer, address)));
   const Stamp stamp = now();
-  const int64_t first = (address - buffer->begin) / 4, last = (address + bytes - 1 - buffer->begin) / 4;
+  const int64_t first = (address - buffer->begin) / buffer->granule;
+  const int64_t last = (address + bytes - 1 - buffer->begin) / buffer->granule;
   for (int64_t k = first; k <= last; ++k) {
     Word& word = buffer->word(k);
     if (buffer->access != Access::initialised && !buffer->written[k] && kind != Kind::write)
@@ -314,7 +317,7 @@ char* shared_memory() { return blocks[current->block].memory.data(); }
 
 void note_atomic(const void* address, int bytes) { check_access(address, bytes, Kind::atomic); }
 
-void expect_buffer(const void* address, int64_t bytes, Access access) {
+void expect_buffer(const void* address, int64_t bytes, Access access, int64_t granule) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
   const char *begin = static_cast<const char*>(address), *end = begin + bytes;
   const auto overlaps = [&](const auto& b) { return b->begin < end && begin < b->end; };
@@ -322,7 +325,7 @@ void expect_buffer(const void* address, int64_t bytes, Access access) {
     for (const auto& b : buffers)
       if (overlaps(b) && b->access == access) begin = std::min(begin, b->begin), end = std::max(end, b->end);
   buffers.erase(std::remove_if(buffers.begin(), buffers.end(), overlaps), buffers.end());
-  auto buffer = std::make_unique<Buffer>(begin, end, access);
+  auto buffer = std::make_unique<Buffer>(begin, end, access, granule);
   last_buffer = nullptr;
   buffers.insert(std::upper_bound(buffers.begin(), buffers.end(), begin,
                                   [](const char* a, const auto& b) { return a < b->begin; }),
@@ -335,8 +338,8 @@ void note_written(const void* address, int64_t bytes) {
   for (auto& buffer : buffers) {
     const char *from = std::max(begin, buffer->begin), *to = std::min(begin + bytes, buffer->end);
     if (from < to)
-      std::fill(buffer->written.begin() + (from - buffer->begin) / 4,
-                buffer->written.begin() + (to - buffer->begin + 3) / 4, 1);
+      std::fill(buffer->written.begin() + (from - buffer->begin) / buffer->granule,
+                buffer->written.begin() + (to - buffer->begin + buffer->granule - 1) / buffer->granule, 1);
   }
 }
 

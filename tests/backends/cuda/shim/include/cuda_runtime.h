@@ -50,7 +50,8 @@ bool device_is_known();
 void note_atomic(const void* address, int bytes);
 
 // The kernels may touch these bytes until forget_buffers(), which throws if part of an output was not written.
-void expect_buffer(const void* address, int64_t bytes, Access access);
+// Accesses are told apart by words of `granule` bytes.
+void expect_buffer(const void* address, int64_t bytes, Access access, int64_t granule = 4);
 void note_written(const void* address, int64_t bytes);
 void forget_buffers();
 
@@ -101,6 +102,12 @@ template <class V, class W> VRM_UNCHECKED V atomicAdd(V* address, W value) {
   *address = static_cast<V>(old + value);
   return old;
 }
+template <class V> VRM_UNCHECKED V atomicMin(V* address, V value) {
+  shim::note_atomic(address, sizeof(V));
+  const V old = *address;
+  *address = value < old ? value : old;
+  return old;
+}
 template <class V> VRM_UNCHECKED V atomicOr(V* address, V value) {
   shim::note_atomic(address, sizeof(V));
   const V old = *address;
@@ -143,6 +150,7 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+constexpr int kShimSharedBytes = 99 << 10;  // of a block: the least that a supported device has
 constexpr int kShimMultiprocessors = 3, kShimResidentBlocks = 2;  // an odd number of blocks: tasks do not divide evenly
 
 inline const char* cudaGetErrorString(cudaError_t) { return "refused by the host emulation"; }
@@ -151,6 +159,10 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
   *value = which == cudaDevAttrMultiProcessorCount ? kShimMultiprocessors : 1;
   return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
+  return bytes <= kShimSharedBytes ? cudaSuccess : cudaErrorInvalidValue;
 }
 struct cudaFuncAttributes {};
 template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {

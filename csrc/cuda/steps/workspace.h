@@ -8,29 +8,7 @@
 
 namespace vrm {
 namespace cuda {
-
-// Cuts consecutive arrays from `memory`; with null memory it only counts bytes.
-class Carver {
- public:
-  explicit Carver(char* memory) : memory_(memory) {}
-
-  template <class V> V* take(int64_t count) {
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(V));
-    char* at = memory_ == nullptr ? nullptr : memory_ + used_;
-#if defined(VRM_CUDA_SHIM)  // the tests' host build: arrays must not touch, and what is read must have been written
-    if (at != nullptr) shim::expect_buffer(at, bytes, shim::Access::scratch);
-    used_ += kAlign;
-#endif
-    used_ += ceil_div(bytes, kAlign) * kAlign;
-    return reinterpret_cast<V*>(at);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  static constexpr int64_t kAlign = 256;
-  char* memory_;
-  int64_t used_ = 0;
-};
+namespace steps {
 
 template <class T> inline int64_t tile_edge(const Tuning& tuning) { return ceil_div(tuning.tile_edge, kTile) * kTile; }
 
@@ -109,5 +87,6 @@ template <class T> void carve_softmax(Carver& carver, Problem<T>& p) {
   }
 }
 
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

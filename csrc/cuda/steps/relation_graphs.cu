@@ -2,14 +2,13 @@
 
 #include "relation_graphs.h"
 
+#include "../launch.h"
 #include "steps.cuh"
 #include "workspace.h"
 
-#include <stdexcept>
-#include <string>
-
 namespace vrm {
 namespace cuda {
+namespace steps {
 namespace {
 
 // The one kernel pays up to here: multiply-adds of all products of a kind, edges, and what one block adds up for a tile
@@ -17,39 +16,10 @@ namespace {
 constexpr int64_t kSmallWork = int64_t{1} << 27, kSmallEdges = int64_t{1} << 20, kSmallDepth = 4096;
 constexpr int64_t kBlocksOfMultiprocessor = 8;
 
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("vrm_kernels: CUDA could not ") + what + ": " + cudaGetErrorString(error));
-}
-
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "name the current device");
-  check(cudaDeviceGetAttribute(&value, which, device), "describe the device");
-  return value;
-}
-
-template <class... Parameters, class... Arguments> void launch(void (*kernel)(Parameters...), int64_t blocks,
-                                                               int64_t shared_bytes, bool cooperative,
-                                                               cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute attributes[1];
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = cooperative ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch a kernel");
-  check(cudaGetLastError(), "launch a kernel");
-}
-
 template <class T, Step step> void launch_step(const Problem<T>& p, int which, cudaStream_t stream) {
   const int64_t most = kBlocksOfMultiprocessor * attribute(cudaDevAttrMultiProcessorCount);
   const int64_t tasks = step_tasks(step, p);
-  if (tasks > 0) launch(step_kernel<T, step>, std::min(tasks, most), kSharedBytes<T>, false, stream, p, which);
+  launch(step_kernel<T, step>, {std::min(tasks, most), kSharedBytes<T>}, stream, p, which);
 }
 
 template <class T> bool is_small(const Problem<T>& p) {
@@ -68,10 +38,6 @@ template <class T> bool whole_graphs(const Problem<T>& p, const Tuning& tuning) 
   return tuning.form == Form::automatic ? is_small(p) : tuning.form != Form::tiles;
 }
 
-template <class T> void clear(T* x, int64_t count, cudaStream_t stream) {
-  check(cudaMemsetAsync(x, 0, static_cast<size_t>(count) * sizeof(T), stream), "clear memory");
-}
-
 template <class T> void run_one_launch(const Problem<T>& p, cudaStream_t stream) {
   int64_t blocks = 1;
   for (Step step : {Step::prepare, Step::means, Step::pack, Step::entropy, Step::histogram, Step::weigh, Step::gradient,
@@ -82,7 +48,7 @@ template <class T> void run_one_launch(const Problem<T>& p, cudaStream_t stream)
                                                       static_cast<size_t>(kSharedBytes<T>)),
         "tell how many blocks fit");
   const int64_t most = static_cast<int64_t>(resident) * attribute(cudaDevAttrMultiProcessorCount);
-  launch(one_launch_kernel<T>, std::min(blocks, most), kSharedBytes<T>, true, stream, p);
+  launch(one_launch_kernel<T>, {std::min(blocks, most), kSharedBytes<T>, kThreads, true}, stream, p);
 }
 
 template <class T> void run_launches(const Problem<T>& p, cudaStream_t stream) {
@@ -232,14 +198,6 @@ template <class T> class TiledGraph {
 
 }  // namespace
 
-const char* refusal() {
-  cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, step_kernel<float, Step::losses>);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // answered here: the next launch's check must not find it
-  return cudaGetErrorString(error);
-}
-
 template <class T> int64_t plan(Problem<T>& problem, const Tuning& tuning, char* memory) {
   static_assert(sizeof(Problem<T>) <= 4096, "the parameters of a kernel");
   Problem<T> counted = problem;
@@ -294,5 +252,6 @@ template <class T> void count_entropies(Status<T>* status, int pass, const T* en
 VRM_INSTANTIATE(float)
 VRM_INSTANTIATE(double)
 
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

@@ -1,15 +1,18 @@
 // The edges of a tile: mask, guard, certificate, coefficients, loss; the literal ones component by component.
 #pragma once
 
-#include "block.cuh"
+#include "../block.cuh"
+
+#include "graph.h"
 
 namespace vrm {
 namespace cuda {
+namespace steps {
 
 constexpr int64_t kLiteralDims = 4;  // in fewer dimensions cosines lose everything to rounding: all edges are literal
 
 template <class T> __device__ __forceinline__ EdgeRule<T> edge_rule(const Graph<T>& g, T scale) {
-  return {g.delta, static_cast<T>(kRelationEps) * scale, static_cast<T>(kRelationEps)};
+  return {g.delta, g.eps * scale, g.eps};
 }
 
 // The difference of an edge, as packed, or where the centring cost its digits, from the inputs.
@@ -165,5 +168,6 @@ template <class T> struct AddLosses {
   }
 };
 
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

@@ -9,9 +9,7 @@
 
 namespace vrm {
 namespace cuda {
-
-// Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
-const char* refusal();
+namespace steps {
 
 // How the graphs are computed. `automatic` decides by sizes alone, see docs/cuda.md.
 enum class Form {
@@ -52,5 +50,6 @@ void run(const Problem<T>& problem, const Tuning& tuning, const Multiply<T>& mul
 template <class T> void count_entropies(Status<T>* status, int pass, const T* entropy, int64_t rows, int64_t columns,
                                         int64_t ld, cudaStream_t stream);
 
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

@@ -5,6 +5,7 @@
 
 namespace vrm {
 namespace cuda {
+namespace steps {
 
 // One side of a tile as the gradient sees it: `own` vertices with their edges to `other` ones.
 template <class T> struct TileSide {
@@ -188,5 +189,6 @@ template <class T> __device__ inline void finish_losses(const Problem<T>& p) {
   if (p.total_out != nullptr) *p.total_out = static_cast<T>(total);
 }
 
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

@@ -9,8 +9,18 @@
 
 namespace vrm {
 namespace cuda {
+namespace steps {
 
-enum class Step { prepare, means, pack, entropy, histogram, advance, weigh, gradient, finish, losses };
+enum class Step { prepare,
+                  means,
+                  pack,
+                  entropy,
+                  histogram,
+                  advance,
+                  weigh,
+                  gradient,
+                  finish,
+                  losses };
 
 template <class T> constexpr int64_t max_shared_bytes() {
   int64_t most = (kWarps + 6) * sizeof(int64_t);  // of Advance
@@ -21,15 +31,6 @@ template <class T> constexpr int64_t max_shared_bytes() {
 }
 template <class T> constexpr int64_t kSharedBytes = max_shared_bytes<T>();  // of the step that needs most
 static_assert(kSharedBytes<double> <= 48 << 10, "more would have to be asked for");
-
-__device__ __forceinline__ char* shared_memory() {
-#if defined(VRM_CUDA_SHIM)  // the tests' host build
-  return shim::shared_memory();
-#else
-  extern __shared__ __align__(16) char vrm_shared[];
-  return vrm_shared;
-#endif
-}
 
 // Calls run(task) for this block's share of `count` tasks. `taken` counts on over the kinds of tasks of a step, so that
 // those of the second graph go to blocks that the first left free.
@@ -145,5 +146,6 @@ template <class T> int64_t step_tasks(Step step, const Problem<T>& p) {
   return count;
 }
 
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

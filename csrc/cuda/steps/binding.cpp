@@ -1,6 +1,7 @@
 // The operators of the `cuda` backend: tensors to the kernels' plain structures, on the current device and stream.
 
-#include "../stable.h"
+#include "../../stable.h"
+#include "../on_device.h"
 #include "relation_graphs.h"
 
 #include <cstddef>
@@ -21,30 +22,10 @@ extern "C" AOTITorchError VRM_ADDMM_OUT(AtenTensorHandle out, AtenTensorHandle s
 
 namespace vrm {
 namespace cuda {
+namespace steps {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
-
-#if defined(VRM_CUDA_SHIM)
-struct OnDevice {
-  explicit OnDevice(const Tensor&) {}
-  cudaStream_t stream() const { return nullptr; }
-};
-#else
-class OnDevice {  // of a tensor, while this lives
- public:
-  explicit OnDevice(const Tensor& x) : index_(x.get_device_index()), guard_(index_) {}
-  cudaStream_t stream() const {
-    void* stream = nullptr;
-    check(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return static_cast<cudaStream_t>(stream);
-  }
-
- private:
-  int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-#endif
 
 // A matrix that the kernels may touch. The tests' emulation is told where it lies.
 template <class T, class V = std::remove_const_t<T>> Matrix<T> matrix_of(const Tensor& x, bool transposed) {
@@ -152,7 +133,7 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
                                        const Tensor& teacher_b, const OptionalTensor& probs, const OptionalTensor& logs,
-                                       int64_t rank, double lerp_weight, double delta, bool exclude_self,
+                                       int64_t rank, double lerp_weight, double delta, double eps, bool exclude_self,
                                        bool need_grad, const Tuning& tuning) {
   const Tensor grad_a = empty_grad<T>(a, need_grad), grad_b = empty_grad<T>(b, need_grad);
   const Tensor loss = empty_like<T>(a, {}), kept = empty_like<int64_t>(a, {});
@@ -173,7 +154,7 @@ template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const T
   g.depth = g.keep_all ? 0 : probs->size(1);
   g.need_grad = need_grad;
   g.rank = rank, g.lerp_weight = lerp_weight;
-  g.weight = 1, g.delta = static_cast<T>(delta);
+  g.weight = 1, g.delta = static_cast<T>(delta), g.eps = static_cast<T>(eps);
   g.loss_out = pointer_of<T>(loss);
   g.kept_out = pointer_of<int64_t>(kept);
   compute(problem, tuning, a);
@@ -182,8 +163,8 @@ template <class T> Four relation_graph(const Tensor& a, const Tensor& b, const T
 
 Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                          const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank,
-                         double lerp_weight, double delta, bool exclude_self, bool need_grad, const std::string& form,
-                         int64_t tile_edge, int64_t stored_entropy_bytes) {
+                         double lerp_weight, double delta, double eps, bool exclude_self, bool need_grad,
+                         const std::string& form, int64_t tile_edge, int64_t stored_entropy_bytes) {
   const OnDevice device(a);
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
   OptionalTensor p, l;
@@ -192,8 +173,8 @@ Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher
     l = log_of(convert(*probs_b, type), kEntropyEps);
   }
   const auto graph = type == ScalarType::Double ? relation_graph<double> : relation_graph<float>;
-  return graph(convert(a, type), convert(b, type), convert(teacher_a, type), convert(teacher_b, type), p, l, rank, lerp_weight, delta,
-               exclude_self, need_grad, tuning_of(form, tile_edge, stored_entropy_bytes));
+  return graph(convert(a, type), convert(b, type), convert(teacher_a, type), convert(teacher_b, type), p, l, rank,
+               lerp_weight, delta, eps, exclude_self, need_grad, tuning_of(form, tile_edge, stored_entropy_bytes));
 }
 
 // ---- a share of a graph, for a batch that several processes compute together: see vrm_kernels/distributed.py
@@ -204,7 +185,8 @@ template <class T> Tensor count_digits(const Tensor& x, const Tensor& prefixes, 
   while (pass + 1 < kPasses<T> && digit_shift<T>(pass) != shift) ++pass;
   refuse(digit_shift<T>(pass) != shift || digit_bits<T>(pass) != bits || prefixes.numel() != 2,
          "no pass of a selection of float" + std::to_string(8 * sizeof(T)) + " counts " + std::to_string(bits) +
-             " bits from bit " + std::to_string(shift) + " on behind " + std::to_string(prefixes.numel()) + " prefixes");
+             " bits from bit " + std::to_string(shift) + " on behind " + std::to_string(prefixes.numel()) +
+             " prefixes");
   static_assert(sizeof(Status<T>) % sizeof(int64_t) == 0, "a tensor of integers");
   Tensor status = empty_like<int64_t>(prefixes, {sizeof(Status<T>) / sizeof(int64_t)});
   check(aoti_torch_zero_(status.get()));
@@ -239,9 +221,10 @@ Tensor cuda_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift,
 
 // The caller's gradients are added to: those of many shares end in one matrix.
 template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
-                                         const Tensor& teacher_b, const OptionalTensor& entropy, const Tensor& threshold,
-                                         const Tensor& kept, double weight, double delta, bool exclude_self,
-                                         bool need_grad, const Tensor& grad_a, const Tensor& grad_b,
+                                         const Tensor& teacher_b, const OptionalTensor& entropy,
+                                         const Tensor& threshold, const Tensor& kept, double weight, double delta,
+                                         double eps, bool exclude_self, bool need_grad, const Tensor& grad_a,
+                                         const Tensor& grad_b,
                                          const Tuning& tuning) {
   const Tensor loss = empty_like<T>(a, {}), count = empty_like<int64_t>(a, {});
   Problem<T> problem{};
@@ -260,7 +243,7 @@ template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const
   g.keep_all = !entropy.has_value();
   g.need_grad = need_grad;
   g.add_out = true;
-  g.weight = weight, g.delta = static_cast<T>(delta);
+  g.weight = weight, g.delta = static_cast<T>(delta), g.eps = static_cast<T>(eps);
   g.given = true;
   g.threshold = given_pointer<T>(threshold);
   g.kept = given_pointer<int64_t>(kept);
@@ -276,11 +259,11 @@ template <class T> Tensor relation_share(const Tensor& a, const Tensor& b, const
 
 Tensor cuda_relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                            const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b,
-                           const Tensor& threshold, const Tensor& kept, double weight, double delta, bool exclude_self,
-                           bool need_grad, int64_t tile_edge) {
+                           const Tensor& threshold, const Tensor& kept, double weight, double delta, double eps,
+                           bool exclude_self, bool need_grad, int64_t tile_edge) {
   const OnDevice device(a);
   const auto share = a.scalar_type() == ScalarType::Double ? relation_share<double> : relation_share<float>;
-  return share(a, b, teacher_a, teacher_b, entropy, threshold, kept, weight, delta, exclude_self,
+  return share(a, b, teacher_a, teacher_b, entropy, threshold, kept, weight, delta, eps, exclude_self,
                need_grad, grad_a, grad_b, tuning_of("tiles", tile_edge, 0));
 }
 
@@ -296,8 +279,9 @@ template <class T> Stacked<T> stacked(const Tensor (&views)[2], int view, bool c
 using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T> Five vrm_graphs(const Tensor (&student)[2], const Tensor (&teacher)[2], double alpha, double beta,
-                                   const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights, bool keep_all,
-                                   double delta, bool complete, bool need_grad, const Tuning& tuning) {
+                                   const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights,
+                                   bool keep_all, double delta, double eps, bool complete, bool need_grad,
+                                   const Tuning& tuning) {
   const int64_t samples = student[0].size(0), classes = student[0].size(1);
   const Tensor grads[2] = {empty_grad<T>(student[0], need_grad), empty_grad<T>(student[1], need_grad)};
   const Tensor loss = empty_like<T>(student[0], {}), terms = empty_like<T>(student[0], {2});
@@ -329,7 +313,7 @@ template <class T> Five vrm_graphs(const Tensor (&student)[2], const Tensor (&te
     g.one_set = complete;
     g.add_out = k > 0;
     g.rank = ranks[k], g.lerp_weight = lerp_weights[k];
-    g.weight = by_class ? beta : alpha, g.delta = static_cast<T>(delta);
+    g.weight = by_class ? beta : alpha, g.delta = static_cast<T>(delta), g.eps = static_cast<T>(eps);
     g.loss_out = terms_out + k;
     g.kept_out = kept_out + k;
   }
@@ -339,52 +323,43 @@ template <class T> Five vrm_graphs(const Tensor (&student)[2], const Tensor (&te
 
 Five cuda_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
                      const Tensor& teacher_virtual, double alpha, double beta, const std::vector<int64_t>& ranks,
-                     const std::vector<double>& lerp_weights, bool keep_all, double delta, bool complete, bool need_grad,
-                     const std::string& form, int64_t tile_edge, int64_t stored_entropy_bytes) {
+                     const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps,
+                     bool complete, bool need_grad, const std::string& form, int64_t tile_edge,
+                     int64_t stored_entropy_bytes) {
   const OnDevice device(student_real);
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
   const Tensor student[2] = {convert(student_real, type), convert(student_virtual, type)};
   const Tensor teacher[2] = {convert(teacher_real, type), convert(teacher_virtual, type)};
   const auto graphs = type == ScalarType::Double ? vrm_graphs<double> : vrm_graphs<float>;
-  return graphs(student, teacher, alpha, beta, ranks, lerp_weights, keep_all, delta, complete, need_grad,
+  return graphs(student, teacher, alpha, beta, ranks, lerp_weights, keep_all, delta, eps, complete, need_grad,
                 tuning_of(form, tile_edge, stored_entropy_bytes));
 }
 
-std::string cuda_refusal() {
-  const char* why = refusal();
-  return why == nullptr ? "" : why;
-}
-
 }  // namespace
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
-  // Why the current device cannot run the kernels; empty: it can.
-  m.def("cuda_refusal() -> str");
   m.def(
       "cuda_relation_graph(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
-      "int rank, float lerp_weight, float delta, bool exclude_self, bool need_grad, str form, int tile_edge, "
-      "int stored_entropy_bytes) -> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
+      "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, str form, "
+      "int tile_edge, int stored_entropy_bytes) -> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
   m.def(
       "cuda_vrm_graphs(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
-      "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, bool complete, "
-      "bool need_grad, str form, int tile_edge, int stored_entropy_bytes) "
+      "float alpha, float beta, int[] ranks, float[] lerp_weights, bool keep_all, float delta, float eps, "
+      "bool complete, bool need_grad, str form, int tile_edge, int stored_entropy_bytes) "
       "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
   m.def("cuda_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
   m.def(
       "cuda_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? entropy, Tensor(a!) grad_a, "
-      "Tensor(b!) grad_b, Tensor threshold, Tensor kept, float weight, float delta, bool exclude_self, bool need_grad, "
-      "int tile_edge) -> Tensor");
+      "Tensor(b!) grad_b, Tensor threshold, Tensor kept, float weight, float delta, float eps, bool exclude_self, "
+      "bool need_grad, int tile_edge) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
-  m.impl("cuda_relation_graph", TORCH_BOX(&vrm::cuda::cuda_relation_graph));
-  m.impl("cuda_vrm_graphs", TORCH_BOX(&vrm::cuda::cuda_vrm_graphs));
-  m.impl("cuda_count_digits", TORCH_BOX(&vrm::cuda::cuda_count_digits));
-  m.impl("cuda_relation_share", TORCH_BOX(&vrm::cuda::cuda_relation_share));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CompositeExplicitAutograd, m) {
-  m.impl("cuda_refusal", TORCH_BOX(&vrm::cuda::cuda_refusal));
+  m.impl("cuda_relation_graph", TORCH_BOX(&vrm::cuda::steps::cuda_relation_graph));
+  m.impl("cuda_vrm_graphs", TORCH_BOX(&vrm::cuda::steps::cuda_vrm_graphs));
+  m.impl("cuda_count_digits", TORCH_BOX(&vrm::cuda::steps::cuda_count_digits));
+  m.impl("cuda_relation_share", TORCH_BOX(&vrm::cuda::steps::cuda_relation_share));
 }

@@ -1,27 +1,15 @@
 // The data of the relation graphs on the device: plain structures, passed to the kernels by value.
 #pragma once
 
-#include "../edge.h"
-
-#include <cstdint>
+#include "../tensor.h"
 
 namespace vrm {
 namespace cuda {
+namespace steps {
 
-constexpr int kThreads = 256;  // of every block
-constexpr int kWarps = kThreads / 32;
-constexpr int kTile = 32;           // the kernels work on tiles of 32 vertices by 32 vertices, or by 32 dimensions
 constexpr int64_t kMaxChunks = 64;  // partial sums of the vertices
 constexpr int kBins = 2048;         // 11 bits
 constexpr int64_t kNoSelf = -(int64_t{1} << 62);
-
-// Element (v, k) at data[v * vertex_stride + k * dim_stride].
-template <class T> struct Matrix {
-  T* data;
-  int64_t vertex_stride, dim_stride;
-
-  VRM_HOST_DEVICE T& at(int64_t v, int64_t k) const { return data[v * vertex_stride + k * dim_stride]; }
-};
 
 // Vertices [0, cut) are those of the first matrix, the others those of the second: both views of a batch in one set.
 template <class T> struct Stacked {
@@ -80,7 +68,7 @@ template <class T> struct Graph {
   int64_t rank;        // the threshold's rank among them, and
   double lerp_weight;  // the weight of the value after it
   double weight;       // of the graph in the loss
-  T delta;
+  T delta, eps;
   // Working memory.
   int64_t chunks;       // of the vertices, for sums
   T* sums;              // [chunks, 2, D]
@@ -130,7 +118,6 @@ template <class T> struct Problem {
   char* memory;  // for the graphs of the form `tiles`, one after the other
 };
 
-VRM_HOST_DEVICE constexpr int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
+}  // namespace steps
 }  // namespace cuda
 }  // namespace vrm

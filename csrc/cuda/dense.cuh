@@ -1,0 +1,93 @@
+// Stage 5 of the dense form: from the dot products of a tile's edges, which a library has taken, loss and coefficients
+// of those that are certified, and a bit for each kept one that is not.
+#pragma once
+
+#include "pack.cuh"
+
+namespace vrm {
+namespace cuda {
+
+constexpr int64_t kLiteralDims = 4;  // in fewer dimensions cosines lose everything to rounding: no edge is certified
+
+// 32 x 32 edges a warp, a column a lane; tasks of a graph are counted by its tiles of 32 x 32.
+VRM_HOST_DEVICE constexpr int64_t dense_tasks(int64_t rows, int64_t columns) {
+  return ceil_div(rows, kTile) * ceil_div(columns, kTile);
+}
+template <class T> int64_t dense_blocks(const Tile<T>& tile) {
+  return ceil_div(dense_tasks(tile.rows, tile.columns), kWarps);
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
+    dense_kernel(const __grid_constant__ Problem<T> p, int which, const __grid_constant__ Tile<T> tile) {
+  const Graph<T>& g = p.graph[which];
+  const Packed<T>& packed = g.packed;
+  const int64_t task = blockIdx.x * int64_t{kWarps} + warp_index();
+  if (task >= dense_tasks(tile.rows, tile.columns)) return;  // a whole warp
+  const int64_t wide = ceil_div(tile.columns, kTile), plane = tile.rows * tile.ld;
+  const int64_t i0 = task / wide * kTile, j = task % wide * kTile + lane_index();  // of the tile
+  const int64_t column = tile.column + j, other = g.first_b + column;
+  const bool has_column = j < tile.columns;
+  const T scale = g.status->scale, threshold = g.keep_all ? T(0) : g.status->threshold;
+  const EdgeRule<T> rule = {g.delta, g.eps * scale, g.eps};
+  EdgeInput<T> own = {};  // of this lane's column
+  if (has_column)
+    own = {0, 0, 0, packed.square_s[other], packed.square_t[other], packed.square_w[other], packed.reach_s[other],
+           packed.reach_t[other]};
+  T loss = 0;
+  unsigned kept = 0, literals = 0;  // of this column
+#pragma unroll(sizeof(T) == 4 ? 4 : 1)  // more of float64 do not fit the registers
+  for (int r = 0; r < kTile; ++r) {
+    const int64_t i = i0 + r, row = tile.row + i, at = i * tile.ld + j;
+    bool literal = false;
+    if (i < tile.rows && has_column) {
+      T beta = 0, gamma = 0;
+      if (!(g.exclude_self && row == column) && (g.keep_all || tile.entropy[i * tile.entropy_ld + j] <= threshold)) {
+        const EdgeInput<T> input = {tile.dots[at],
+                                    tile.dots[plane + at],
+                                    tile.dots[2 * plane + at],
+                                    own.square_s + packed.square_s[row],
+                                    own.square_t + packed.square_t[row],
+                                    own.square_w + packed.square_w[row],
+                                    own.reach_s + packed.reach_s[row],
+                                    own.reach_t + packed.reach_t[row]};
+        const auto terms = quadratic_edge(input, rule, SquareRoot());
+        literal = g.dims < kLiteralDims || terms.literal;
+        ++kept;
+        if (!literal) {
+          loss += terms.loss;
+          beta = terms.beta;
+          gamma = terms.gamma;
+        }
+      }
+      if (g.need_grad) {
+        store(tile.gamma, at, gamma);
+        store(tile.beta, at, beta);
+      }
+    }
+    const unsigned marks = __ballot_sync(kFullWarp, literal);
+    literals |= static_cast<unsigned>(literal) << r;
+    if (lane_index() == 0 && i < tile.rows) packed.row_bits[row * ceil_div(g.columns, 32) + column / 32] = marks;
+  }
+  if (has_column) packed.column_bits[column * ceil_div(g.rows, 32) + (tile.row + i0) / 32] = literals;
+  if (literals != 0) atomicOr(&g.status->uncertified, 1);
+  kept = warp_sum(kept);
+  const double total = warp_sum(static_cast<double>(loss));
+  if (lane_index() != 0) return;
+  if (kept != 0) atomicAdd(&g.status->kept, static_cast<unsigned long long>(kept));
+  packed.losses[(tile.row + i0) / kTile * ceil_div(g.columns, kTile) + column / kTile] = total;
+}
+
+// The gradients of a tile, edge.h's gamma x_s - beta x_w from the two products, added to those of the tiles before.
+inline int64_t add_blocks(int64_t count) { return ceil_div(count, 4 * kThreads); }
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) add_kernel(T* grad, const T* products, int64_t count) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int64_t at = (blockIdx.x * int64_t{4} + k) * kThreads + thread_index();
+    if (at < count) grad[at] += products[at] - products[count + at];
+  }
+}
+
+}  // namespace cuda
+}  // namespace vrm

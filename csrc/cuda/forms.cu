@@ -1,0 +1,133 @@
+// Working memory and launches: a kernel a stage.
+
+#include "forms.h"
+
+#include "entropy.cuh"
+#include "finish.cuh"
+#include "literal.cuh"
+#include "prepare.cuh"
+#include "select.cuh"
+#include "tiles.h"
+
+namespace vrm {
+namespace cuda {
+namespace {
+
+// The graphs of a batch are views of the arrays that prepare writes.
+template <class T> void plan_batch(Carver& carver, Problem<T>& p) {
+  Batch<T>& b = p.batch;
+  const int64_t size = 2 * b.samples * b.classes;
+  const bool pruned = !p.graph[0].keep_all;
+  for (T** array : {&b.student_rows, &b.teacher_rows, &b.student_columns, &b.teacher_columns})
+    *array = carver.take<T>(size);
+  if (pruned || b.cross_entropy[0] || b.cross_entropy[1]) b.probs = carver.take<T>(size);
+  if (pruned)
+    for (T** array : {&b.surprisals, &b.probs_columns, &b.surprisals_columns}) *array = carver.take<T>(size);
+  b.ce_losses = carver.take<double>(2 * b.samples);
+  for (T** array : {&b.ce_weights, &b.ce_targets, &b.poison}) *array = carver.take<T>(2 * b.samples);
+  for (int k = 0; k < 2; ++k) {
+    Graph<T>& g = p.graph[k];
+    const int64_t count = k == 0 ? b.samples : b.classes;
+    g.vertices = 2 * count;
+    g.rows = g.columns = b.complete ? 2 * count : count;
+    g.first_b = b.complete ? 0 : count;
+    g.dims = g.depth = k == 0 ? b.classes : b.samples;
+    g.student = k == 0 ? b.student_rows : b.student_columns;
+    g.teacher = k == 0 ? b.teacher_rows : b.teacher_columns;
+    g.probs = k == 0 ? b.probs : b.probs_columns;
+    if (pruned) g.surprisals = (k == 0 ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth;
+    for (int view = 0; view < 2; ++view) {
+      Output<T>& o = p.output[view];
+      o.rows = b.samples, o.columns = b.classes;
+      (k == 0 ? o.by_row : o.by_column) = view * count;
+    }
+  }
+}
+
+template <class T> void plan_vectors(Carver& carver, Problem<T>& p) {
+  Vectors<T>& x = p.vectors;
+  Graph<T>& g = p.graph[0];
+  g.rows = x.count[0], g.columns = x.count[1], g.dims = x.dims, g.depth = x.depth;
+  g.vertices = g.rows + g.columns, g.first_b = g.rows;
+  T* student = carver.take<T>(g.vertices * g.dims);
+  T* teacher = carver.take<T>(g.vertices * g.dims);
+  for (int side = 0; side < 2; ++side) {
+    const int64_t first = side == 0 ? 0 : g.first_b;
+    x.students[side] = student + first * g.dims, x.teachers[side] = teacher + first * g.dims;
+    if (!g.keep_all) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
+    x.poison[side] = carver.take<T>(x.count[side]);
+    p.output[side].rows = x.count[side], p.output[side].columns = x.dims, p.output[side].by_row = first;
+  }
+  g.student = student, g.teacher = teacher;
+  g.probs = x.factors[0], g.surprisals = x.factors[1];
+}
+
+template <class T> void plan_graph(Carver& carver, Graph<T>& g, const Settings& settings) {
+  g.status = carver.take<Status<T>>(1);
+  g.losses = carver.take<double>(g.rows);
+  g.dense = settings.dense;
+  if (g.dense)
+    plan_dense(carver, g);
+  else if (!g.keep_all) {
+    g.entropy = carver.take<T>(g.rows * g.columns);
+    if (g.rows * g.columns > settings.one_block_edges) g.digits = carver.take<unsigned long long>(2 * kDigits);
+  }
+  g.grad_ld = g.dense ? g.packed.ld : g.dims;
+  if (g.need_grad) g.grad = carver.take<T>(g.vertices * g.grad_ld);
+}
+
+template <class T> int64_t both_graphs(const Problem<T>& p, int64_t (*count)(const Graph<T>&)) {
+  return count(p.graph[0]) + (p.graphs > 1 ? count(p.graph[1]) : 0);
+}
+
+}  // namespace
+
+const char* refusal() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, finish_kernel<float>);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // answered here: the next launch's check must not find it
+  return cudaGetErrorString(error);
+}
+
+template <class T> int64_t plan(Problem<T>& problem, const Settings& settings, char* memory) {
+  static_assert(sizeof(Problem<T>) + sizeof(Tile<T>) <= 4000, "the parameters of a kernel");
+  Problem<T> counted = problem;
+  Problem<T>& p = memory == nullptr ? counted : problem;
+  Carver carver(memory);
+  p.totals = carver.take<Totals>(1);
+  p.batch.samples > 0 ? plan_batch(carver, p) : plan_vectors(carver, p);
+  for (int k = 0; k < p.graphs; ++k) plan_graph(carver, p.graph[k], settings);
+  if (!settings.dense) return carver.used();
+  p.memory = memory == nullptr ? nullptr : memory + carver.used();
+  int64_t most = 0;
+  for (int k = 0; k < p.graphs; ++k) most = std::max(most, TiledGraph<T>::bytes(p.graph[k], settings));
+  return carver.used() + most;
+}
+
+template <class T>
+void run(const Problem<T>& p, const Settings& settings, const Multiply<T>& multiply, cudaStream_t stream) {
+  const bool ranked = !p.graph[0].keep_all && !settings.dense;  // by the literal form
+  launch(prepare_kernel<T>, {prepare_blocks(p)}, stream, p);
+  if (ranked) launch(entropy_kernel<T>, {both_graphs(p, entropy_blocks<T>), kEntropyBytes<T>}, stream, p);
+  launch(select_kernel<T>, {1 + (ranked ? p.graphs : 0), kSelectBytes, kRankThreads}, stream, p);
+  for (int k = 0; k < p.graphs; ++k) {
+    const Graph<T>& g = p.graph[k];
+    if (settings.dense) TiledGraph<T>(p, k, settings, multiply, stream).run();
+    if (!ranked || g.digits == nullptr) continue;
+    Tile<T> whole{};
+    whole.rows = g.rows, whole.columns = whole.entropy_ld = g.columns, whole.entropy = g.entropy;
+    select_by_digits(p, k, stream, [&](int, const auto& count) { count(whole); });
+  }
+  launch(literal_kernel<T>, {both_graphs(p, literal_blocks<T>), kLiteralBytes<T>}, stream, p);
+  launch(finish_kernel<T>, {finish_blocks(p), kFinishBytes<T>}, stream, p);
+}
+
+#define VRM_INSTANTIATE(T)                                    \
+  template int64_t plan(Problem<T>&, const Settings&, char*); \
+  template void run(const Problem<T>&, const Settings&, const Multiply<T>&, cudaStream_t);
+VRM_INSTANTIATE(float)
+VRM_INSTANTIATE(double)
+
+}  // namespace cuda
+}  // namespace vrm

@@ -1,0 +1,170 @@
+// Stage 4: the edges' losses and gradients, component by component. A block a vertex.
+//
+// Both ends of an edge visit it, each for its own gradient, so that nothing is added by two writers; the rows count the
+// loss. A relation's sign turns with its edge's direction and the gradient turns with it, so that both ends may take
+// the difference as their own vector minus the other's.
+#pragma once
+
+#include "block.cuh"
+#include "problem.h"
+
+namespace vrm {
+namespace cuda {
+
+// One vertex: its own vectors, and those of the vertices on the other side.
+template <class T> struct Vertex {
+  const Graph<T>& g;
+  bool column;  // of the side b
+  int64_t own;
+
+  __device__ int64_t others() const { return column ? g.rows : g.columns; }
+  __device__ int64_t index() const { return column ? g.first_b + own : own; }
+  __device__ T difference(const T* x, int64_t other, int64_t k) const {
+    return x[index() * g.dims + k] - x[(column ? other : g.first_b + other) * g.dims + k];
+  }
+  __device__ T student(int64_t other, int64_t k) const { return difference(g.student, other, k); }
+  __device__ T teacher(int64_t other, int64_t k) const { return difference(g.teacher, other, k); }
+
+  // Whether the stage has to visit the edge: it is kept, and in the dense form not certified.
+  __device__ bool visits_row(int64_t j, T threshold) const {
+    if (g.dense) return marked(g.packed.row_bits, g.columns, j);
+    if (g.keep_all) return !(g.exclude_self && own == j);
+    return g.entropy[own * g.columns + j] <= threshold;  // NaN: no
+  }
+  __device__ bool visits_column(int64_t i, T threshold) const {
+    if (g.dense) return marked(g.packed.column_bits, g.rows, i);
+    if (g.keep_all) return !(g.exclude_self && own == i);
+    return g.entropy[i * g.columns + own] <= threshold;
+  }
+  __device__ bool marked(const uint32_t* bits, int64_t count, int64_t other) const {
+    return (bits[own * ceil_div(count, 32) + other / 32] >> (other % 32) & 1u) != 0;
+  }
+};
+
+// Up to kThreads kept edges of a vertex: the other end, and what the gradient needs of the edge.
+template <class T> struct EdgeList {
+  int other[kThreads];
+  T u[kThreads], v[kThreads];  // 1 / (n + eps) of student and teacher
+  T step[kThreads], radial[kThreads];
+  int marks[kThreads];  // how often the edge is in the sums, 1 or 2 as both directions may be kept; 4 added: a row's
+  T room[kThreads];
+  double losses[kWarps];
+  int counts[kWarps];
+};
+
+// The formula of one edge, by a warp; returns the loss.
+template <class T>
+__device__ __forceinline__ T measure_edge(const Vertex<T>& vertex, int64_t other, int times, int e,
+                                          EdgeList<T>& list) {
+  const Graph<T>& g = vertex.g;
+  T student = 0, teacher = 0;
+  for (int64_t k = lane_index(); k < g.dims; k += 32) {
+    const T s = vertex.student(other, k), t = vertex.teacher(other, k);
+    student += s * s;
+    teacher += t * t;
+  }
+  const T ns = sqrt(warp_sum(student)), end = ns + g.eps;
+  const T u = T(1) / end, v = T(1) / (sqrt(warp_sum(teacher)) + g.eps);
+  T loss = 0, along = 0;
+  for (int64_t k = lane_index(); k < g.dims; k += 32) {
+    const T s = vertex.student(other, k), x = s * u - vertex.teacher(other, k) * v, h = huber_slope(x, g.delta);
+    loss += huber(x, h);
+    along += h * s;
+  }
+  loss = warp_sum(loss);
+  along = warp_sum(along);
+  if (lane_index() == 0) {
+    list.u[e] = u;
+    list.v[e] = v;
+    list.step[e] = static_cast<T>(times) * u;
+    list.radial[e] = static_cast<T>(times) * radial_slope(along, ns, end);
+  }
+  return loss;
+}
+
+// Adds the steps of the `count` edges of the list to the vertex's gradient, or begins it. Threads lie along the
+// dimensions; where those are few, several groups share the edges.
+template <class T>
+__device__ __forceinline__ void add_steps(const Vertex<T>& vertex, int count, bool begin, EdgeList<T>& list) {
+  const Graph<T>& g = vertex.g;
+  T* grad = g.grad + vertex.index() * g.grad_ld;
+  const T scale = g.dense ? T(1) / g.status->scale : T(1);  // of the gradients that products have given
+  const int width = g.dims < kThreads ? static_cast<int>(ceil_div(g.dims, 32)) * 32 : kThreads;
+  const int groups = kThreads / width, group = thread_index() / width;
+  for (int64_t k0 = 0; k0 < g.dims; k0 += width) {
+    const int64_t k = k0 + thread_index() % width;
+    T sum = 0;
+    if (k < g.dims && group < groups)
+#pragma unroll 4
+      for (int e = group; e < count; e += groups) {
+        const T s = vertex.student(list.other[e], k), t = vertex.teacher(list.other[e], k);
+        sum += huber_slope(s * list.u[e] - t * list.v[e], g.delta) * list.step[e] - s * list.radial[e];
+      }
+    if (groups > 1) {
+      list.room[thread_index()] = sum;
+      __syncthreads();
+      if (group == 0)
+        for (int q = 1; q < groups; ++q) sum += list.room[thread_index() + q * width];
+      __syncthreads();
+    }
+    if (group == 0 && k < g.dims) grad[k] = begin ? sum : grad[k] + scale * sum;
+  }
+}
+
+template <class T> __device__ __forceinline__ void visit_vertex(const Vertex<T>& vertex, char* shared) {
+  EdgeList<T>& list = *reinterpret_cast<EdgeList<T>*>(shared);
+  const Graph<T>& g = vertex.g;
+  const T threshold = g.keep_all || g.dense ? T(0) : g.status->threshold;
+  const bool columns = vertex.column || (g.one_set() && g.need_grad);
+  double loss = 0;
+  unsigned long long kept = 0;
+  for (int64_t first = 0; first < vertex.others(); first += kThreads) {
+    const int64_t other = first + thread_index();
+    const bool inside = other < vertex.others();
+    const bool as_row = inside && !vertex.column && vertex.visits_row(other, threshold);
+    const bool as_column = inside && columns && vertex.visits_column(other, threshold);
+    const int times = as_row + as_column, mine = times > 0;
+    const int place = block_sum_before(mine, list.counts), count = block_sum(mine, list.counts);
+    if (mine) {
+      list.other[place] = static_cast<int>(other);
+      list.marks[place] = times | as_row << 2;
+    }
+    __syncthreads();
+    for (int e = warp_index(); e < count; e += kWarps) {
+      const int marks = list.marks[e];
+      const T of_edge = measure_edge(vertex, list.other[e], marks & 3, e, list);
+      if (marks >> 2 != 0) loss += static_cast<double>(of_edge);
+    }
+    kept += as_row;
+    __syncthreads();
+    const bool begin = first == 0 && !g.dense;
+    if (g.need_grad && (begin || count > 0)) add_steps(vertex, count, begin, list);
+    __syncthreads();  // before the next edges take their places
+  }
+  if (vertex.column) return;
+  const double total = block_sum(lane_index() == 0 ? loss : 0.0, list.losses);
+  kept = warp_sum(kept);
+  if (!g.dense && lane_index() == 0 && kept != 0) atomicAdd(&g.status->kept, kept);
+  if (thread_index() == 0) g.losses[vertex.own] = total;
+}
+
+template <class T> __host__ __device__ inline int64_t literal_blocks(const Graph<T>& g) {
+  return g.rows + (g.need_grad && !g.one_set() ? g.columns : 0);
+}
+template <class T> constexpr int64_t kLiteralBytes = sizeof(EdgeList<T>);
+
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
+    literal_kernel(const __grid_constant__ Problem<T> p) {
+  const bool second = blockIdx.x >= literal_blocks(p.graph[0]);
+  const Graph<T>& g = p.graph[second];
+  const int64_t vertex = second ? blockIdx.x - literal_blocks(p.graph[0]) : blockIdx.x;
+  const bool column = vertex >= g.rows;
+  if (g.dense && g.status->uncertified == 0) {
+    if (!column && thread_index() == 0) g.losses[vertex] = 0;
+    return;
+  }
+  visit_vertex(Vertex<T>{g, column, column ? vertex - g.rows : vertex}, shared_memory());
+}
+
+}  // namespace cuda
+}  // namespace vrm

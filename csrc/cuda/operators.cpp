@@ -1,0 +1,313 @@
+// The operators of the two forms: tensors, checked, to the kernels' plain structures, on their device and its stream.
+
+#include "../stable.h"
+#include "forms.h"
+#include "on_device.h"
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(VRM_CUDA_SHIM)  // the tests run all of this on the host
+#define VRM_DISPATCH_KEY CPU
+#else
+#define VRM_DISPATCH_KEY CUDA
+#endif
+
+namespace vrm {
+namespace cuda {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::DeviceType;
+
+#if defined(VRM_CUDA_SHIM)
+constexpr DeviceType kDevice = DeviceType::CPU;
+#else
+constexpr DeviceType kDevice = DeviceType::CUDA;
+#endif
+
+// ---- what is refused -----------------------------------------------------------------------------------------------
+
+void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, const Tensor& first) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be [", rows, ", ", columns,
+                  "]");
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half,
+                  name, " must be float64, float32, bfloat16 or float16");
+  STD_TORCH_CHECK(x.device().type() == kDevice && x.get_device_index() == first.get_device_index(), name,
+                  " must be on the CUDA device of the first argument");
+}
+
+void check_settings(double delta, double eps, int64_t tile_edge) {
+  STD_TORCH_CHECK(delta > 0, "delta must be positive, not ", delta);
+  STD_TORCH_CHECK(eps > 0, "eps must be positive, not ", eps);
+  STD_TORCH_CHECK(tile_edge > 0, "the edge of a tile must be positive, not ", tile_edge);
+}
+
+void check_rank(int64_t rank, double lerp_weight, int64_t edges) {
+  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
+                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
+}
+
+// ---- tensors to structures; the tests' emulation is told what the kernels may touch --------------------------------
+
+void may_touch([[maybe_unused]] const Tensor& x, [[maybe_unused]] bool output) {
+#if defined(VRM_CUDA_SHIM)
+  if (x.numel() == 0) return;
+  int64_t last = 0;
+  for (int64_t d = 0; d < x.dim(); ++d) last += (x.size(d) - 1) * x.stride(d);
+  shim::expect_buffer(x.const_data_ptr(), (last + 1) * static_cast<int64_t>(x.element_size()),
+                      output ? shim::Access::output : shim::Access::initialised);
+#endif
+}
+
+Input input(const Tensor& x) {
+  may_touch(x, false);
+  const auto type = x.scalar_type();
+  const Dtype dtype = type == ScalarType::Double     ? Dtype::float64
+                      : type == ScalarType::Float    ? Dtype::float32
+                      : type == ScalarType::BFloat16 ? Dtype::bfloat16
+                                                     : Dtype::float16;
+  return {x.const_data_ptr(), dtype, x.stride(0), x.stride(1)};
+}
+
+template <class V> V* output(const Tensor& x) {
+  may_touch(x, true);
+  return x.mutable_data_ptr<V>();
+}
+
+template <class T> Tensor gradient(const Tensor& x, bool needed) {
+  return needed ? empty_like<T>(x, {x.size(0), x.size(1)}) : empty_like<T>(x, {0});
+}
+
+template <class T> Tensor tensor_of(const Factor& x, int64_t rows, int64_t columns, const Tensor& like) {
+  char* data = static_cast<char*>(x.x.data) + x.first * static_cast<int64_t>(x.x.half ? 2 : sizeof(T));
+  return torch::stable::from_blob(data, {rows, columns}, {x.vertex_stride, x.dim_stride}, like.device(),
+                                  x.x.half ? ScalarType::BFloat16 : scalar_type_of<T>);
+}
+
+// torch's own product, which obeys its switch for float32, on its current stream; of bfloat16 with sums in float32.
+template <class T> void multiply(const Product<T>& p, const Tensor& like) {
+  const Tensor out =
+      torch::stable::from_blob(p.out, {p.m, p.n}, {p.ld, int64_t{1}}, like.device(), scalar_type_of<T>);
+  const Tensor a = tensor_of<T>(p.a, p.m, p.depth, like);
+  const Tensor b = torch::stable::transpose(tensor_of<T>(p.b, p.n, p.depth, like), 0, 1);
+#if defined(VRM_CUDA_SHIM)  // the CPU has no product of mixed types
+  aten("aten::mm", "out", convert(a, scalar_type_of<T>), convert(b, scalar_type_of<T>), out);
+  for (int64_t i = 0; i < p.m; ++i) shim::note_written(p.out + i * p.ld, p.n * sizeof(T));
+#else
+  if (p.a.x.half)
+    aten("aten::mm", "dtype_out", a, b, scalar_type_of<T>, out);
+  else
+    aten("aten::mm", "out", a, b, out);
+#endif
+}
+
+template <class T> void compute(Problem<T>& problem, const Settings& settings, const Tensor& like) {
+  const OnDevice device(like);
+  const int64_t bytes = plan(problem, settings, nullptr);
+  const Tensor memory = empty_like<int64_t>(like, {ceil_div(bytes, sizeof(int64_t))});
+  plan(problem, settings, reinterpret_cast<char*>(memory.mutable_data_ptr<int64_t>()));
+  run<T>(problem, settings, [&like](const Product<T>& p) { multiply(p, like); }, device.stream());
+#if defined(VRM_CUDA_SHIM)
+  shim::forget_buffers();
+#endif
+}
+
+struct GraphArguments {
+  int64_t rank;
+  double lerp_weight, delta, eps, weight;
+  bool keep_all, exclude_self, need_grad;
+};
+
+template <class T> void describe(Graph<T>& g, int64_t rows, int64_t columns, const GraphArguments& arguments) {
+  g.edges = rows * columns - (arguments.exclude_self ? rows : 0);
+  g.keep_all = arguments.keep_all || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
+  if (!g.keep_all) check_rank(arguments.rank, arguments.lerp_weight, g.edges);
+  g.exclude_self = arguments.exclude_self, g.need_grad = arguments.need_grad;
+  g.rank = arguments.rank, g.lerp_weight = static_cast<T>(arguments.lerp_weight);
+  g.delta = static_cast<T>(arguments.delta), g.eps = static_cast<T>(arguments.eps), g.weight = arguments.weight;
+}
+
+// ---- one graph -----------------------------------------------------------------------------------------------------
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const OptionalTensor (&probs)[2],
+                   const GraphArguments& arguments, const Settings& settings) {
+  const Tensor& a = student[0];
+  const bool need_grad = arguments.need_grad;
+  const Tensor grads[2] = {gradient<T>(a, need_grad), gradient<T>(student[1], need_grad)};
+  const Tensor loss = empty_like<T>(a, {}), kept = empty_like<int64_t>(a, {});
+  Problem<T> problem{};
+  problem.graphs = 1;
+  Vectors<T>& x = problem.vectors;
+  describe(problem.graph[0], a.size(0), student[1].size(0), arguments);
+  x.dims = a.size(1);
+  for (int side = 0; side < 2; ++side) {
+    x.count[side] = student[side].size(0);
+    x.student[side] = input(student[side]), x.teacher[side] = input(teacher[side]);
+    if (!problem.graph[0].keep_all) x.probs[side] = input(*probs[side]), x.depth = probs[side]->size(1);
+    if (need_grad) problem.output[side].out = output<T>(grads[side]);
+  }
+  problem.loss_out = output<T>(loss), problem.kept_out = output<int64_t>(kept);
+  compute(problem, settings, a);
+  return {loss, grads[0], grads[1], kept};
+}
+
+Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
+                        const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank, double lerp_weight,
+                        double delta, double eps, bool exclude_self, bool need_grad, bool dense, bool half,
+                        int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.numel() > 0 && b.numel() > 0,
+                  "a and b must be [M, D] and [N, D], and not empty");
+  const Tensor student[2] = {a, b}, teacher[2] = {teacher_a, teacher_b};
+  const OptionalTensor probs[2] = {probs_a, probs_b};
+  STD_TORCH_CHECK(probs_a.has_value() == probs_b.has_value(), "probs are given for both sides or for none");
+  for (int side = 0; side < 2; ++side) {
+    check_matrix(student[side], side == 0 ? "a" : "b", student[side].size(0), a.size(1), a);
+    check_matrix(teacher[side], side == 0 ? "teacher_a" : "teacher_b", student[side].size(0), a.size(1), a);
+    if (!probs_a.has_value()) continue;
+    STD_TORCH_CHECK(probs_a->dim() == 2 && probs_a->size(1) > 0, "probs must be [M, K] and [N, K]");
+    check_matrix(*probs[side], side == 0 ? "probs_a" : "probs_b", student[side].size(0), probs_a->size(1), a);
+  }
+  STD_TORCH_CHECK(!exclude_self || a.size(0) == b.size(0), "one vertex set on both sides has one size");
+  check_settings(delta, eps, tile_edge);
+  const auto compute = compute_type({&a, &b, &teacher_a, &teacher_b}) == ScalarType::Double ? relation_loss<double>
+                                                                                            : relation_loss<float>;
+  return compute(student, teacher, probs,
+                 {rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
+                 {dense, half, tile_edge, stored_entropy_bytes, one_block_edges});
+}
+
+// ---- the loss of a batch -------------------------------------------------------------------------------------------
+
+struct CrossEntropies {
+  OptionalTensor labels, class_weight;
+  bool wanted[2];
+  double label_smoothing;
+  int64_t ignore_index;
+};
+
+template <class T> void describe(Batch<T>& b, const CrossEntropies& ce) {
+  b.cross_entropy[0] = ce.wanted[0], b.cross_entropy[1] = ce.wanted[1];
+  b.label_smoothing = static_cast<T>(ce.label_smoothing), b.ignore_index = ce.ignore_index;
+  if (!ce.wanted[0] && !ce.wanted[1]) return;
+  const Tensor& labels = *ce.labels;
+  may_touch(labels, false);
+  if (labels.scalar_type() == ScalarType::Long)
+    b.labels = labels.const_data_ptr<int64_t>();
+  else
+    b.target = {labels.const_data_ptr<T>(), labels.stride(0), labels.stride(1)};
+  if (!ce.class_weight.has_value()) return;
+  may_touch(*ce.class_weight, false);
+  b.class_weight = ce.class_weight->const_data_ptr<T>();
+}
+
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Five vrm_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const CrossEntropies& ce, bool complete,
+              const GraphArguments (&arguments)[2], const Settings& settings) {
+  const Tensor& real = student[0];
+  const bool need_grad = arguments[0].need_grad;
+  const Tensor grads[2] = {gradient<T>(real, need_grad), gradient<T>(student[1], need_grad)};
+  const Tensor loss = empty_like<T>(real, {}), terms = empty_like<T>(real, {4}), kept = empty_like<int64_t>(real, {2});
+  Problem<T> problem{};
+  problem.graphs = 2;
+  Batch<T>& b = problem.batch;
+  b.samples = real.size(0), b.classes = real.size(1), b.complete = complete;
+  describe(b, ce);
+  for (int k = 0; k < 2; ++k) {
+    b.student[k] = input(student[k]), b.teacher[k] = input(teacher[k]);
+    const int64_t vertices = real.size(k) * (complete ? 2 : 1);
+    describe(problem.graph[k], vertices, vertices, arguments[k]);
+    if (need_grad) problem.output[k].out = output<T>(grads[k]);
+  }
+  problem.loss_out = output<T>(loss), problem.terms_out = output<T>(terms);
+  problem.kept_out = output<int64_t>(kept);
+  compute(problem, settings, real);
+  return {loss, grads[0], grads[1], terms, kept};
+}
+
+// Labels as the kernels read them: dense indices, or probabilities of the compute dtype.
+Tensor checked_labels(const Tensor& labels, const Tensor& first, ScalarType type) {
+  if (labels.scalar_type() != ScalarType::Long) {
+    check_matrix(labels, "labels", first.size(0), first.size(1), first);
+    return convert(labels, type);
+  }
+  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == first.size(0), "labels must be [", first.size(0),
+                  "] class indices or [B, C] class probabilities");
+  STD_TORCH_CHECK(labels.get_device_index() == first.get_device_index(), "labels must be on the device of the logits");
+  return labels.is_contiguous() ? labels : torch::stable::contiguous(labels);
+}
+
+Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
+                   const Tensor& teacher_virtual, const OptionalTensor& labels, const OptionalTensor& class_weight,
+                   double alpha, double beta, bool ce_real, bool ce_virtual, const std::vector<int64_t>& ranks,
+                   const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps, bool complete,
+                   double label_smoothing, int64_t ignore_index, bool need_grad, bool dense, bool half,
+                   int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
+  STD_TORCH_CHECK(student_real.dim() == 2 && student_real.numel() > 0, "logits must be [B, C], and not empty");
+  const Tensor student[2] = {student_real, student_virtual}, teacher[2] = {teacher_real, teacher_virtual};
+  const char* names[] = {"student_real", "student_virtual", "teacher_real", "teacher_virtual"};
+  for (int k = 0; k < 4; ++k)
+    check_matrix(k < 2 ? student[k] : teacher[k - 2], names[k], student_real.size(0), student_real.size(1),
+                 student_real);
+  check_settings(delta, eps, tile_edge);
+  STD_TORCH_CHECK(ranks.size() == 2 && lerp_weights.size() == 2, "a rank and a weight for each graph");
+  const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
+  CrossEntropies ce{{}, {}, {ce_real, ce_virtual}, label_smoothing, ignore_index};
+  if (ce_real || ce_virtual) {
+    STD_TORCH_CHECK(labels.has_value(), "a cross-entropy needs labels");
+    ce.labels = checked_labels(*labels, student_real, type);
+    if (class_weight.has_value()) {
+      STD_TORCH_CHECK(class_weight->dim() == 1 && class_weight->size(0) == student_real.size(1) &&
+                          class_weight->get_device_index() == student_real.get_device_index(),
+                      "class_weight must be [", student_real.size(1), "] on the device of the logits");
+      ce.class_weight = torch::stable::contiguous(convert(*class_weight, type));
+    }
+  }
+  const auto graph = [&](int k) {
+    return GraphArguments{ranks[k], lerp_weights[k], delta, eps, k == 0 ? alpha : beta, keep_all, complete, need_grad};
+  };
+  const auto compute = type == ScalarType::Double ? vrm_loss<double> : vrm_loss<float>;
+  return compute(student, teacher, ce, complete, {graph(0), graph(1)},
+                 {dense, half, tile_edge, stored_entropy_bytes, one_block_edges});
+}
+
+std::string cuda_refusal() {
+  const char* why = refusal();
+  return why == nullptr ? "" : why;
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace vrm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+  m.def("cuda_refusal() -> str");  // why the current device cannot run the kernels; empty: it can
+  m.def(
+      "cuda_relation_loss(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
+      "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, bool half, "
+      "int tile_edge, int stored_entropy_bytes, int one_block_edges) "
+      "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
+  m.def(
+      "cuda_vrm_loss(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
+      "Tensor? labels, Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, int[] ranks, "
+      "float[] lerp_weights, bool keep_all, float delta, float eps, bool complete, float label_smoothing, "
+      "int ignore_index, bool need_grad, bool dense, bool half, int tile_edge, int stored_entropy_bytes, "
+      "int one_block_edges) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cuda_refusal", TORCH_BOX(&vrm::cuda::cuda_refusal));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
+  m.impl("cuda_relation_loss", TORCH_BOX(&vrm::cuda::cuda_relation_loss));
+  m.impl("cuda_vrm_loss", TORCH_BOX(&vrm::cuda::cuda_vrm_loss));
+}

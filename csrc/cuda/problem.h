@@ -1,0 +1,152 @@
+// What a call computes, as the kernels see it: pointers, sizes and settings, passed by value.
+//
+// The stages, in their order, a file each: prepare, entropy, select, literal, finish. docs/gpu.md has their counts.
+#pragma once
+
+#include "tensor.h"
+
+namespace vrm {
+namespace cuda {
+
+constexpr int kBins = 2048;  // of a histogram of entropies: 11 bits
+
+enum class Dtype { float64,
+                   float32,
+                   bfloat16,
+                   float16 };
+
+// A matrix of the caller's, [rows, columns], as it lies.
+struct Input {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride, column_stride;
+};
+
+// What is found out about a graph on the way.
+template <class T> struct Status {
+  unsigned histogram[kBins];  // of the entropies of the literal form: see bin_of
+  unsigned long long kept;    // edges at or below
+  T threshold;
+  int nan;                    // an entropy is not a number
+  T scale;                    // of the student's operands, a power of two
+  int uncertified;            // an edge is left to the literal stage
+  uint64_t prefix[2];         // of the rank's key and of its successor's, so far
+  int64_t rest[2];            // their ranks among the keys with the prefix
+};
+
+// An operand of the products of the dense form: T, or bfloat16.
+struct Operand {
+  void* data;
+  bool half;
+};
+
+// What the dense form knows of the vertices, packed for products. Rows have `ld` elements: the dimensions, then two
+// columns that are 1 and 0 in x_s, 0 and 1 in x_w, so that products with them give the sums of the coefficients.
+template <class T> struct Packed {
+  int64_t ld;
+  Operand x_s, x_t, x_w;  // [V, ld]: centred, the student scaled; x_w: the residual
+  T *square_s, *square_t, *square_w, *reach_s, *reach_t;  // [V]: see EdgeInput
+  Operand probs, surprisals;  // of the entropy: the graph's own, or [V, 3 K] of two bfloat16 terms
+  int64_t entropy_depth;
+  // Working memory.
+  int64_t chunks;       // of the vertices, for sums
+  T* sums;              // [chunks, 2, D]
+  T* mean;              // [2, D]
+  double* spread;       // [blocks of dimensions, 2]
+  uint32_t *row_bits, *column_bits;  // [M, words of N], [N, words of M]: kept edges that are not certified
+  double* losses;       // [blocks of 32 x 32 edges]
+};
+
+// One relation graph: M x N edges of D dimensions, ranked by entropies of depth K. Matrices are dense, row by row. Side
+// a has the vertices [0, M), side b [first_b, first_b + N): in a set of its own, or the same where first_b is 0.
+template <class T> struct Graph {
+  int64_t rows, columns, dims, depth;  // M, N, D, K
+  int64_t vertices, first_b;           // V
+  const T *student, *teacher;          // [V, D]
+  const T *probs, *surprisals;         // P [M, K], -log(P' + 1e-7) [N, K]
+  bool exclude_self;                   // the edges (i, i) do not exist
+  bool keep_all, need_grad;
+  int64_t edges;   // how many are ranked,
+  int64_t rank;    // the threshold's rank among them, and
+  T lerp_weight;   // the weight of the value after it
+  T delta, eps;
+  double weight;   // of the graph in the loss
+  // Working memory.
+  Status<T>* status;
+  T* entropy;      // [M, N]; literal form: NaN where there is no edge
+  unsigned long long* digits;  // [2, kDigits]: see digits.cuh; null: one block selects
+  double* losses;  // [M], of the kept edges of a row
+  T* grad;         // [V, grad_ld]: of the sum of the edges' losses; dense form: of the products, see graph_gradient
+  int64_t grad_ld;
+  bool dense;
+  Packed<T> packed;
+
+  VRM_HOST_DEVICE bool one_set() const { return first_b == 0; }
+};
+
+// Edges [row, row + rows) x [column, column + columns) of the dense form; pairwise arrays have ld elements a row.
+template <class T> struct Tile {
+  int64_t row, column, rows, columns, ld;
+  T* entropy;
+  int64_t entropy_ld;
+  T* dots;  // three planes of rows x ld: dot products of the operands
+  Operand gamma, beta;  // coefficients, 0 on edges that are pruned or not certified
+  T* products;          // of a coefficient each with the vectors
+};
+
+// The batch that both graphs of the loss are made of: logits [B, C], and what the cross-entropies need.
+template <class T> struct Batch {
+  int64_t samples, classes;
+  bool complete;                 // both views are one vertex set
+  Input student[2], teacher[2];  // real and virtual view
+  bool cross_entropy[2];         // whether that of a view counts
+  const int64_t* labels;         // [B] class indices, or
+  Matrix<const T> target;        // [B, C] class probabilities, where `labels` is null
+  const T* class_weight;         // [C], or null
+  int64_t ignore_index;
+  T label_smoothing;
+  // Working memory: both views one below the other, by samples [2 B, C] and by classes [2 C, B].
+  T *student_rows, *teacher_rows, *student_columns, *teacher_columns;
+  T *probs, *surprisals, *probs_columns, *surprisals_columns;  // null where nothing needs them: see plan_batch
+  // [2 B]: a row's cross-entropy, its weight in the mean's divisor, the sum of its target, and 0 or NaN.
+  double* ce_losses;
+  T *ce_weights, *ce_targets, *poison;
+};
+
+// The vertices of one graph alone, of two sides, as the caller has them.
+template <class T> struct Vectors {
+  int64_t count[2], dims, depth;  // M and N, D, K; depth 0: every edge is kept
+  Input student[2], teacher[2], probs[2];
+  // Working memory: [count, D], and P or -log(P' + 1e-7) [count, K]; 0 or NaN of each vertex.
+  T *students[2], *teachers[2], *factors[2], *poison[2];  // b's vectors follow a's
+};
+
+// What finish needs of the batch: written by select.
+struct Totals {
+  double cross_entropy[2];  // means
+  double divisor[2];        // of the gradients: infinite where a cross-entropy does not count
+  int poisoned;             // an input is not finite, or a label is none
+};
+
+// Where the gradient of a view, or of a side, goes: dense, [rows, columns].
+template <class T> struct Output {
+  T* out;
+  int64_t rows, columns;
+  int64_t by_row, by_column;  // the vertex of its first row in the first graph, of its first column in the second
+};
+
+// Everything that a launch works on: both graphs of the loss, or one alone.
+template <class T> struct Problem {
+  Batch<T> batch;      // of both graphs, or
+  Vectors<T> vectors;  // of one, where the batch has no samples
+  int graphs;
+  Graph<T> graph[2];
+  Totals* totals;
+  Output<T> output[2];
+  T *loss_out, *terms_out;  // [1]; [4] of a batch
+  int64_t* kept_out;        // [graphs]
+  char* memory;             // of the dense form's graphs, one after the other
+};
+
+}  // namespace cuda
+}  // namespace vrm

@@ -1,0 +1,174 @@
+// The dense form's middle: one graph, tile by tile of edges, whose products a library takes.
+#pragma once
+
+#include "dense.cuh"
+#include "digits.cuh"
+#include "forms.h"
+#include "launch.h"
+
+#include <algorithm>
+
+namespace vrm {
+namespace cuda {
+
+inline Operand take_operand(Carver& carver, int64_t count, bool half, size_t bytes) {
+  if (half) return {carver.take<uint16_t>(count), true};
+  return {bytes == 4 ? static_cast<void*>(carver.take<float>(count)) : carver.take<double>(count), false};
+}
+
+// What outlives the graph's turn: what the literal stage and the end need.
+template <class T> void plan_dense(Carver& carver, Graph<T>& g) {
+  Packed<T>& packed = g.packed;
+  packed.ld = ceil_div(g.dims + 2, 8) * 8;
+  packed.mean = carver.take<T>(2 * g.dims);
+  packed.row_bits = carver.take<uint32_t>(g.rows * ceil_div(g.columns, 32));
+  packed.column_bits = carver.take<uint32_t>(g.columns * ceil_div(g.rows, 32));
+  packed.losses = carver.take<double>(dense_tasks(g.rows, g.columns));
+}
+
+// each_tile(pass, count) calls count(tile) for all tiles of the graph, whose entropies are there by then.
+template <class T, class EachTile>
+void select_by_digits(const Problem<T>& p, int which, cudaStream_t stream, const EachTile& each_tile) {
+  const int64_t most = 3 * attribute(cudaDevAttrMultiProcessorCount);
+  for (int pass = 0; pass < kPasses<T>; ++pass) {
+    clear(p.graph[which].digits, 2 * kDigits, stream);
+    each_tile(pass, [&](const Tile<T>& tile) {
+      launch(count_kernel<T>, {count_blocks(tile, most), kCountBytes}, stream, p, which, tile, pass);
+    });
+    launch(advance_kernel<T>, {1, sizeof(AdvanceState), kRankThreads}, stream, p, which, pass);
+  }
+}
+
+template <class T> class TiledGraph {
+ public:
+  TiledGraph(const Problem<T>& problem, int which, const Settings& settings, const Multiply<T>& multiply,
+             cudaStream_t stream)
+      : p_(problem), which_(which), g_(p_.graph[which]), edge_(ceil_div(settings.tile_edge, kTile) * kTile),
+        multiply_(multiply), stream_(stream) {
+    Carver carver(problem.memory);
+    carve(carver, p_.graph[which], base_, settings);
+    stored_ = stores(g_, settings);
+  }
+
+  // Bytes that a graph needs while it has its turn.
+  static int64_t bytes(Graph<T> g, const Settings& settings) {
+    Carver carver(nullptr);
+    Tile<T> tile;
+    carve(carver, g, tile, settings);
+    return carver.used();
+  }
+
+  void run() {
+    launch(sums_kernel<T>, {sums_blocks(g_), 2 * kThreads * int64_t{sizeof(T)}}, stream_, p_, which_);
+    launch(means_kernel<T>, {means_blocks(g_), kWarps * int64_t{sizeof(double)}}, stream_, p_, which_);
+    launch(pack_kernel<T>, {pack_blocks(g_)}, stream_, p_, which_);
+    if (!g_.keep_all) select();
+    if (g_.need_grad) clear(g_.grad, g_.vertices * g_.grad_ld, stream_);
+    for_each_tile([&](const Tile<T>& tile) {
+      if (!g_.keep_all && !stored_) multiply_entropy(tile);
+      const Operand operands[3] = {g_.packed.x_s, g_.packed.x_t, g_.packed.x_w};
+      for (int k = 0; k < 3; ++k)
+        multiply_({tile.dots + k * tile.rows * tile.ld, tile.ld, from(operands[k], tile.row, g_.packed.ld),
+                   from(operands[k], g_.first_b + tile.column, g_.packed.ld), tile.rows, tile.columns, g_.dims});
+      launch(dense_kernel<T>, {dense_blocks(tile)}, stream_, p_, which_, tile);
+      if (g_.need_grad) multiply_coefficients(tile);
+    });
+  }
+
+ private:
+  static bool stores(const Graph<T>& g, const Settings& settings) {
+    return g.rows * g.columns * static_cast<int64_t>(sizeof(T)) <= settings.stored_entropy_bytes;
+  }
+
+  static void carve(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
+    Packed<T>& packed = g.packed;
+    for (Operand* x : {&packed.x_s, &packed.x_t, &packed.x_w})
+      *x = take_operand(carver, g.vertices * packed.ld, settings.half, sizeof(T));
+    for (T** array : {&packed.square_s, &packed.square_t, &packed.square_w, &packed.reach_s, &packed.reach_t})
+      *array = carver.take<T>(g.vertices);
+    packed.chunks = std::min(int64_t{32}, ceil_div(g.vertices, 4 * kTile));
+    packed.sums = carver.take<T>(packed.chunks * 2 * g.dims);
+    packed.spread = carver.take<double>(2 * means_blocks(g));
+    const int64_t edge = ceil_div(settings.tile_edge, kTile) * kTile;
+    tile = Tile<T>{};
+    tile.rows = std::min(g.rows, edge), tile.columns = std::min(g.columns, edge);
+    tile.ld = ceil_div(tile.columns, 8) * 8;
+    tile.dots = carver.take<T>(3 * tile.rows * tile.ld);
+    if (g.need_grad) {
+      tile.gamma = take_operand(carver, tile.rows * tile.ld, settings.half, sizeof(T));
+      tile.beta = take_operand(carver, tile.rows * tile.ld, settings.half, sizeof(T));
+      tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * packed.ld);
+    }
+    if (g.keep_all) return;
+    g.digits = carver.take<unsigned long long>(2 * kDigits);
+    tile.entropy_ld = stores(g, settings) ? g.columns : tile.ld;
+    tile.entropy = carver.take<T>((stores(g, settings) ? g.rows : tile.rows) * tile.entropy_ld);
+    packed.entropy_depth = settings.half ? 3 * g.depth : g.depth;
+    packed.probs = {const_cast<T*>(g.probs), false}, packed.surprisals = {const_cast<T*>(g.surprisals), false};
+    if (!settings.half) return;
+    packed.probs = take_operand(carver, g.rows * packed.entropy_depth, true, sizeof(T));
+    packed.surprisals = take_operand(carver, g.columns * packed.entropy_depth, true, sizeof(T));
+  }
+
+  void select() {
+    if constexpr (sizeof(T) == 4)
+      if (g_.packed.probs.half) launch(split_kernel<T>, {split_blocks(g_)}, stream_, p_, which_);
+    select_by_digits(p_, which_, stream_, [&](int pass, const auto& count) {
+      for_each_tile([&](const Tile<T>& tile) {
+        if (!stored_ || pass == 0) multiply_entropy(tile);
+        count(tile);
+      });
+    });
+  }
+
+  template <class Visit> void for_each_tile(const Visit& visit) {
+    for (int64_t row = 0; row < g_.rows; row += edge_) {
+      for (int64_t column = 0; column < g_.columns; column += edge_) {
+        Tile<T> tile = base_;
+        tile.row = row, tile.rows = std::min(edge_, g_.rows - row);
+        tile.column = column, tile.columns = std::min(edge_, g_.columns - column);
+        if (stored_ && tile.entropy != nullptr) tile.entropy += row * tile.entropy_ld + column;
+        visit(tile);
+      }
+    }
+  }
+
+  static Factor from(const Operand& x, int64_t vertex, int64_t ld) { return {x, vertex * ld, ld, 1}; }
+  static Factor transposed(const Factor& x) { return {x.x, x.first, x.dim_stride, x.vertex_stride}; }
+
+  void multiply_entropy(const Tile<T>& tile) {
+    const int64_t depth = g_.packed.entropy_depth;
+    const Factor probs = from(g_.packed.probs, tile.row, depth);
+    const Factor surprisals = from(g_.packed.surprisals, tile.column, depth);
+    multiply_({tile.entropy, tile.entropy_ld, probs, surprisals, tile.rows, tile.columns, depth});
+  }
+
+  // grad += gamma x_s - beta x_w, on both sides.
+  void multiply_coefficients(const Tile<T>& tile) {
+    const int64_t ld = g_.packed.ld, row = tile.row, column = g_.first_b + tile.column;
+    for (int side = 0; side < 2; ++side) {
+      const bool by_row = side == 0;
+      const int64_t own = by_row ? row : column, other = by_row ? column : row;
+      const int64_t count = by_row ? tile.rows : tile.columns, edges = by_row ? tile.columns : tile.rows;
+      const auto product = [&](T* out, const Operand& coefficients, const Operand& x) {
+        const Factor c = from(coefficients, 0, tile.ld);
+        multiply_({out, ld, by_row ? c : transposed(c), transposed(from(x, other, ld)), count, ld, edges});
+      };
+      product(tile.products, tile.gamma, g_.packed.x_s);
+      product(tile.products + count * ld, tile.beta, g_.packed.x_w);
+      launch(add_kernel<T>, {add_blocks(count * ld)}, stream_, g_.grad + own * ld, tile.products, count * ld);
+    }
+  }
+
+  Problem<T> p_;
+  const int which_;
+  const Graph<T>& g_;
+  const int64_t edge_;
+  const Multiply<T>& multiply_;
+  cudaStream_t stream_;
+  Tile<T> base_;
+  bool stored_;
+};
+
+}  // namespace cuda
+}  // namespace vrm
