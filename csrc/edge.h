@@ -35,11 +35,13 @@ template <> struct Guard<float> {
   static constexpr float cancelled = 0.1f;  // of the centred vectors: recompute from differences
   static constexpr float rounded = 1e-4f;    // even the centring lost digits: recompute from the raw vectors
   static constexpr float tiny = 1e-30f, huge = 1e30f;  // products of four norms that keep their digits
+  static constexpr float largest = 1e15f;              // component whose squares can be summed; beyond it the loss is NaN
 };
 template <> struct Guard<double> {
   static constexpr double cancelled = 1e-3;
   static constexpr double rounded = 1e-10;
   static constexpr double tiny = 1e-270, huge = 1e270;
+  static constexpr double largest = 1e150;
 };
 
 constexpr double kRelationEps = 1e-7;

@@ -59,7 +59,8 @@ def vrm_loss(
         The loss, a scalar: float64 if any logits are float64, else float32. With ``return_terms``, also a dict of
         scalars ``ce_real, ce_virtual, inter_sample, inter_class`` (unweighted; a cross-entropy that is off is 0) and
         int64 ``kept_inter_sample, kept_inter_class`` (edges that passed the pruning). Reading one synchronises.
-        The loss is NaN if any logit is not finite. Gradients come in each input's own dtype.
+        The loss is NaN if any logit is not finite, or beyond 1e15 (float64: 1e150), whose squares cannot be summed; the
+        kept counts are then 0. Gradients come in each input's own dtype.
 
     Raises:
         ValueError, TypeError: bad shapes, dtypes, devices or settings, before any work.
@@ -136,7 +137,8 @@ def relation_loss(
         percentile: keep the edges at or below this percentile of that ranking, in [0, 100].
 
     Returns:
-        A scalar: float64 if any vectors are float64, else float32; NaN if any vector is not finite.
+        A scalar: float64 if any vectors are float64, else float32; NaN if any vector is not finite, or beyond
+        1e15 (float64: 1e150).
 
     Raises:
         ValueError, TypeError: bad shapes, dtypes, devices or settings, before any work.

@@ -111,7 +111,7 @@ template <class T> struct Kernels {
 
   // The row's cross-entropy, unscaled.
   double (*softmax_row)(const SoftmaxRow<T>& row);
-  // Adds every vertex to sums[dim], dims [begin, end); false if an element there is not finite.
+  // Adds every vertex to sums[dim], dims [begin, end); false if an element there is not a number, or too large.
   bool (*sum_vertices)(Strided<T> m, int64_t count, int64_t begin, int64_t end, T* sums);
   // Adds up the squared distances of every step-th vertex from the centre.
   double (*spread)(Strided<T> m, int64_t count, int64_t step, int64_t dims, const T* center);

@@ -74,12 +74,13 @@ def test_results_are_the_callers_own(chosen):
     assert len(storages) == len(first) + len(four)
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, 1e16, -1e30])
 @pytest.mark.parametrize("percentile", [30.0, 100.0])
-def test_what_is_not_finite_makes_nan_and_keeps_nothing(chosen, percentile):
+def test_what_is_not_finite_or_too_large_makes_nan_and_keeps_nothing(chosen, percentile, value):
     settings = SETTINGS._replace(percentile=percentile)
     for tensor in range(4):
         four = [x.clone() for x in views(torch.float32)]
-        four[tensor][3, 2] = -torch.inf
+        four[tensor][3, 2] = value
         result = chosen.vrm_loss(Views(*four), make_labels(*SHAPE), None, settings, True)
         assert result.loss.isnan() and result.kept.tolist() == [0, 0]
         assert result.grad_real.isnan().all() and result.grad_virtual.isnan().all()

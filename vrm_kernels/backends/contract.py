@@ -5,8 +5,9 @@ composed of the first and torch's cross-entropy. One that fuses more overrides `
 
 Inputs have any strides and any of ``DTYPES``, mixed. Everything is computed, and results come, in the *compute dtype*:
 float64 if any input is, else float32. A gradient is that of the loss, which is a scalar: autograd only scales it. Where
-``need_grad`` is false gradients are empty, ``[0]``. A number that is not finite in any of the vectors, or in ``probs``,
-makes the loss and the gradients NaN, and the kept counts 0. No method reads a device.
+``need_grad`` is false gradients are empty, ``[0]``. A number in any of the vectors that is not finite, or is beyond
+:data:`vrm_kernels.graph.constants.LARGEST`, or one in ``probs`` that is not finite, makes the loss and the gradients
+NaN, and the kept counts 0. No method reads a device.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from vrm_kernels.backends.cross_entropy import mean_cross_entropy
 from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph.constants import LARGEST
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -173,6 +175,13 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     if any(x is not None and x.dtype == torch.float64 for x in tensors):
         return torch.float64
     return torch.float32
+
+
+def all_sound(sides: Sides, probs: Probs | None) -> Tensor:
+    """``[]`` bool: whether the loss is a number."""
+    limit = LARGEST[sides.a.dtype]
+    checks = [(x.abs() <= limit).all() for x in sides] + [x.isfinite().all() for x in probs or ()]
+    return torch.stack(checks).all()
 
 
 def both_graphs(views: Views, complete: bool) -> Iterator[tuple[Sides, Probs]]:

@@ -17,6 +17,7 @@ from vrm_kernels.backends.contract import (
     Probs,
     ShareSettings,
     Sides,
+    all_sound,
     compute_dtype,
 )
 from vrm_kernels.graph import pruning
@@ -84,9 +85,9 @@ class ReferenceBackend(Backend):
         sides = Sides(*(x.to(dtype) for x in sides))
         with torch.no_grad():
             mask = kept_edges(probs, len(sides.a), len(sides.b), percentile, exclude_self, sides.a.device)
-            finite = torch.stack([x.isfinite().all() for x in (*sides, *(probs or ()))]).all()
-            kept = torch.where(finite, mask.sum(), 0)
-            poison = torch.where(finite, 0.0, torch.nan).to(dtype)
+            sound = all_sound(sides, probs)
+            kept = torch.where(sound, mask.sum(), 0)
+            poison = torch.where(sound, 0.0, torch.nan).to(dtype)
         if need_grad:
             sides = _leaves(sides)
         with torch.set_grad_enabled(need_grad or torch.is_grad_enabled()):
@@ -112,4 +113,4 @@ class ReferenceBackend(Backend):
         if grads:
             for grad, part in zip(grads, torch.autograd.grad(loss, sides[:2]), strict=True):
                 grad.add_(part, alpha=settings.weight)
-        return loss.detach()
+        return loss.detach() + torch.where(all_sound(sides, None), 0.0, torch.nan).to(loss.dtype)

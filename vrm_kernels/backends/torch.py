@@ -40,6 +40,7 @@ from vrm_kernels.backends.contract import (
     Probs,
     ShareSettings,
     Sides,
+    all_sound,
     compute_dtype,
 )
 from vrm_kernels.backends.reference import kept_edges, share_mask
@@ -95,9 +96,9 @@ class TorchBackend(Backend):
             probs = p, q
         m, n = len(sides.a), len(sides.b)
         keep = kept_edges(probs, m, n, settings.percentile, settings.exclude_self, sides.a.device)
-        # Zero, or NaN if anything is not finite: decided on the device.
-        poison = sum((x * 0).sum().to(dtype) for x in (*sides, *(probs or ())))
-        kept = torch.where(poison == 0, keep.sum(), 0)
+        sound = all_sound(sides, probs)
+        poison = torch.where(sound, 0.0, torch.nan).to(dtype)
+        kept = torch.where(sound, keep.sum(), 0)
         loss, grads = _masked(sides, keep, kept, settings.delta, settings.eps, need_grad)
         if not need_grad:
             return GraphResult(loss + poison, loss.new_empty(0), loss.new_empty(0), kept)
@@ -117,7 +118,7 @@ class TorchBackend(Backend):
         loss, parts = _masked(sides, keep, settings.kept, settings.delta, settings.eps, bool(grads))
         for grad, part in zip(grads, parts, strict=True):
             grad.add_(part, alpha=settings.weight)
-        return loss + sum((x * 0).sum() for x in sides)
+        return loss + torch.where(all_sound(sides, None), 0.0, torch.nan).to(loss.dtype)
 
 
 def is_literal(m: int, n: int, dims: int) -> bool:

@@ -1,10 +1,11 @@
 // Centring, and packing of the vectors into chunks with their norms.
 
-// Adds every vertex to sums[dim], dims [begin, end); false if an element there is not finite.
+// Adds every vertex to sums[dim], dims [begin, end); false if an element there is not a number, or too large.
 template <class T> bool sum_vertices(Strided<T> m, int64_t count, int64_t begin, int64_t end, T* sums) {
   constexpr int64_t lanes = kLanes<T>;
-  Vec<T> poison{};  // x - x is 0, or NaN
-  T tail = 0;
+  const Vec<T> limit = splat<T>(Guard<T>::largest);
+  auto sound = limit == limit;
+  bool tail = true;
   if (m.vertex_stride == 1) {
     for (int64_t k = begin; k < end; ++k) {
       const T* x = m.data + k * m.dim_stride;
@@ -14,9 +15,9 @@ template <class T> bool sum_vertices(Strided<T> m, int64_t count, int64_t begin,
       for (; v + lanes <= count; v += lanes) {
         const Vec<T> value = load(x + v);
         sum += value;
-        poison += value - value;
+        sound &= magnitude<T>(value) <= limit;
       }
-      for (; v < count; ++v) rest += x[v], tail += x[v] - x[v];
+      for (; v < count; ++v) rest += x[v], tail &= x[v] <= limit[0] && x[v] >= -limit[0];
       sums[k] += horizontal_sum<T>(sum) + rest;
     }
   } else {
@@ -27,16 +28,16 @@ template <class T> bool sum_vertices(Strided<T> m, int64_t count, int64_t begin,
         for (; k + lanes <= end; k += lanes) {
           const Vec<T> value = load(x + k);
           store(sums + k, load(sums + k) + value);
-          poison += value - value;
+          sound &= magnitude<T>(value) <= limit;
         }
       for (; k < end; ++k) {
         const T value = x[k * m.dim_stride];
         sums[k] += value;
-        tail += value - value;
+        tail &= value <= limit[0] && value >= -limit[0];
       }
     }
   }
-  return horizontal_sum<T>(poison) + tail == T(0);
+  return none(~sound) && tail;
 }
 
 template <class T> double spread(Strided<T> m, int64_t count, int64_t step, int64_t dims, const T* center) {
