@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vrm_kernels.data import both_views
+from vrm_kernels.data import both_views, output_of, views_of
 from vrm_kernels.graph.pruning import edge_count
 from vrm_kernels.loss import VRMLoss
 
@@ -41,13 +41,14 @@ def train_one_epoch(
         edges that passed the pruning. The device is read once, after the last batch.
 
     Raises:
-        ValueError: the loader gave no batch.
+        TypeError: the loader gives other batches, or a model something else than a tensor, saying what.
+        ValueError: the loader gave no batch, or one that batch norm cannot normalise.
     """
     teacher.eval()
     student.train()
     means = Means()
     for batch in loader:
-        real, virtual, labels = (x.to(device, non_blocking=True) for x in batch)
+        real, virtual, labels = (x.to(device, non_blocking=True) for x in views_of(batch))
         loss, terms = distillation_loss(teacher, student, real, virtual, labels, loss_fn)
         _step(loss, optimizer)
         means.add({"loss": loss, **terms}, labels.shape[0])
@@ -81,7 +82,7 @@ def train_alone_one_epoch(
     model.train()
     means = Means()
     for batch in loader:
-        real, virtual, labels = (x.to(device, non_blocking=True) for x in batch)
+        real, virtual, labels = (x.to(device, non_blocking=True) for x in views_of(batch))
         loss, terms = cross_entropy_loss(model, real, virtual, labels, views)
         _step(loss, optimizer)
         means.add({"loss": loss, **terms}, labels.shape[0])
@@ -149,7 +150,7 @@ def cross_entropy_loss(
     model: nn.Module, real: Tensor, virtual: Tensor, labels: Tensor, views: str, label_smoothing: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The cross-entropy of one batch and its terms, detached; arguments as for :func:`train_alone_one_epoch`."""
-    logits = (model(real),) if views == "real" else both_views(model, real, virtual)
+    logits = (output_of(model, real),) if views == "real" else both_views(model, real, virtual)
     terms = {
         # Several virtual views have the same labels, one after the other.
         name: F.cross_entropy(x.float(), torch.cat([labels] * (len(x) // len(labels))), label_smoothing=label_smoothing)
@@ -192,8 +193,10 @@ def count_correct(
     model.eval()
     correct, seen = torch.zeros((), dtype=torch.int64, device=device), 0
     for batch in loader:
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(f"expected batches (images, ..., labels), the loader gives a {type(batch).__name__}")
         images, labels = batch[0].to(device, non_blocking=True), batch[-1].to(device, non_blocking=True)
-        correct += (model(prepare(images)).argmax(1) == labels).sum()
+        correct += (output_of(model, prepare(images)).argmax(1) == labels).sum()
         seen += labels.shape[0]
     model.train(was_training)
     return correct, seen

@@ -140,6 +140,31 @@ def test_lightning_trains(digits, teacher, tmp_path):
     assert not teacher.training
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_lightning_converts_the_teacher_with_the_student(precision, digits, teacher, tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from copy import deepcopy
+
+    from vrm_kernels.adapters.lightning import Distillation
+
+    module = Distillation(deepcopy(teacher), network(16), VRMLoss(4.0, 2.0))
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, precision=precision, limit_train_batches=2,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(DualViewDataset(digits[0], None, noisy), batch_size=30))
+    assert next(module._teacher[0].parameters()).dtype == next(module.student.parameters()).dtype != torch.float32
+    assert torch.isfinite(trainer.callback_metrics["loss"])
+
+
+def test_mdistiller_says_what_a_loader_of_one_view_lacks():
+    from vrm_kernels.adapters.mdistiller import VRM
+
+    model = VRM(network(16), network(16)).train()
+    with pytest.raises(ValueError, match=r"needs two views of each image.*got \[4, 1, 8, 8\]"):
+        model(image=torch.rand(4, 1, 8, 8), target=torch.zeros(4, dtype=torch.int64))
+
+
 def test_mdistiller_style_distiller():
     """mdistiller is not on the package index: its trainer's calls, as its source makes them, stand in for it."""
     from vrm_kernels.adapters.mdistiller import VRM

@@ -121,3 +121,13 @@ def test_under_torchrun_the_folder_must_be_named():
     process = start(*MODULE, *FEW, launcher=TORCHRUN)
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0 and "argument --output-dir: name it under torchrun" in output
+
+
+def test_parameter_without_a_gradient_names_the_option(tmp_path):
+    arguments = [*MODULE, *QUICK, "--baselines=none", "--seeds=1", "--epochs=1", "--teacher-epochs=1"]
+    arguments += ["--student=distill_helpers:idle_parameter", "--output-dir"]
+    process = start(*arguments, tmp_path / "refused", launcher=TORCHRUN)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0 and "add --find-unused-parameters" in output
+    said = finish(start(*arguments, tmp_path / "run", "--find-unused-parameters", launcher=TORCHRUN), timeout=300)
+    assert "warning: relations are those of each of 2 processes' own share" in said

@@ -139,3 +139,55 @@ def test_empty_loader_and_unknown_views_are_refused():
         validate(model, [], "cpu")
     with pytest.raises(ValueError, match="'virtual'"):
         train_alone_one_epoch(model, _loader(), optimizer, "cpu", views="virtual")
+
+
+class Picks(nn.Module):
+    def __init__(self, pick):
+        super().__init__()
+        self.inner, self.pick = _model(), pick
+
+    def forward(self, x):
+        return self.pick(self.inner(x))
+
+
+def test_loaders_and_models_of_another_form_are_told_what_is_expected():
+    model, loss_fn = _model(), VRMLoss(1.0, 1.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    images, labels = torch.randn(8, FEATURES), torch.arange(8) % CLASSES
+
+    def train(batch, student=model):
+        for run in (
+            lambda: train_one_epoch(model, student, [batch], loss_fn, optimizer, "cpu"),
+            lambda: train_alone_one_epoch(student, [batch], optimizer, "cpu"),
+        ):
+            with pytest.raises(TypeError) as error:
+                run()
+        return str(error.value)
+
+    assert "expected batches (real, virtual, labels) of tensors, the loader gives a tuple of 2" in train(
+        (images, labels)
+    )
+    said = train({"image": images, "label": labels})
+    assert "the loader gives a dict of image, label: load from a vrm_kernels.DualViewDataset" in said
+    batch = (images, images, labels)
+    assert "it returns a dict of logits" in train(batch, Picks(lambda x: {"logits": x}))
+    assert "it returns a tuple of 2: Tensor, Tensor" in train(batch, Picks(lambda x: (x, x)))
+    with pytest.raises(TypeError, match="it returns a dict of logits"):
+        validate(Picks(lambda x: {"logits": x}), [batch], "cpu")
+    with pytest.raises(TypeError, match=r"expected batches \(images, ..., labels\), the loader gives a dict"):
+        validate(model, [{"image": images}], "cpu")
+
+
+def test_items_of_another_form_are_told_what_is_expected():
+    for item, wanted in (({"image": 1, "label": 2}, "gives a dict of image, label"), (3, "gives a int")):
+        with pytest.raises(TypeError, match=rf"needs items \(image, label\), this dataset {wanted}"):
+            DualViewDataset([item], None, None)[0]
+
+
+def test_last_batch_of_one_image():
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batch = (torch.randn(1, FEATURES), torch.randn(1, FEATURES), torch.tensor([0]))
+    with pytest.raises(ValueError, match="cannot normalise a batch of 1 in training.*drop_last=True"):
+        train_alone_one_epoch(model, [batch], optimizer, "cpu", views="real")
+    assert train_alone_one_epoch(model, [batch], optimizer, "cpu")["loss"] > 0  # both views are two rows

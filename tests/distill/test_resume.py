@@ -14,9 +14,11 @@ from distill_helpers import QUICK, comparable, finish, read_log, same_weights, s
 from vrm_distill import checkpoint, recipe
 from vrm_distill.cli import main
 
-# Everything that has a state of its own: momentum, a schedule, a running mean, micro-batches, mixed images.
+# Everything that has a state of its own: momentum, a schedule, a running mean, micro-batches, mixed images. Gradients
+# are clipped in most steps.
 RUN = [*QUICK, "--baselines=alone_both", "--optimizer=sgd", "--schedule=step", "--milestones=2", "--ema=0.9"]
 RUN += ["--accumulate=2", "--mixup=0.2", "--label-smoothing=0.1", "--relation-warmup=2", "--checkpoint-steps=1"]
+RUN += ["--clip-grad=0.05"]
 KILLS = 10
 
 
@@ -24,6 +26,7 @@ KILLS = 10
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume") / "undisturbed"
     finish(start(*RUN, "--output-dir", folder))
+    assert all(0 < float(row["clipped"]) <= 1 for row in read_log(folder) if row["method"] == "distilled")
     return folder
 
 
@@ -66,7 +69,7 @@ def _checkpoint_time(folder):
 
 def test_stopped_after_each_of_some_checkpoints(undisturbed, tmp_path, monkeypatch):
     """Every kind of place: within an epoch, at its end, between models, and before the last row was logged."""
-    for stop in (4, 12, 13, 29):
+    for stop, workers in ((4, 0), (10, 2), (12, 0), (13, 0), (29, 1)):  # 10 is within an epoch
         folder, calls = tmp_path / str(stop), 0
         save = checkpoint.save_state
 
@@ -79,9 +82,9 @@ def test_stopped_after_each_of_some_checkpoints(undisturbed, tmp_path, monkeypat
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "save_state", stopping)
-            assert main([*RUN, "--output-dir", str(folder)]) == 130
+            assert main([*RUN, f"--workers={workers}", "--output-dir", str(folder)]) == 130
         torch.rand(stop)  # the resumed process's generators are anywhere
-        assert main([*RUN, "--resume", "--output-dir", str(folder)]) == 0
+        assert main([*RUN, "--resume", f"--workers={workers}", "--output-dir", str(folder)]) == 0
         _assert_same(folder, undisturbed)
 
 
@@ -207,3 +210,97 @@ def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path, capsys):
     assert f"the last good checkpoint is of epoch 1, step 1 of distilled, seed 5, in {folder / 'resume.pt'}" in errors
     model = checkpoint.load_state(folder / "resume.pt")["trainer"]["model"]
     assert all(x.isfinite().all() for x in model.values())
+
+
+SHORT = [*QUICK, "--baselines=none", "--seeds=1", "--epochs=2", "--teacher-epochs=1", "--checkpoint-steps=1"]
+
+
+def _stopped_at_a_checkpoint(monkeypatch, arguments):
+    save = checkpoint.save_state
+
+    def stopping(path, state):
+        save(path, state)
+        if state["trainer"] is not None and state["rows"]:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_state", stopping)
+        assert main(arguments) == 130
+
+
+def _refusal(capsys, arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    return capsys.readouterr().err
+
+
+def test_other_images_or_another_teacher_are_refused_by_name(tmp_path, monkeypatch, capsys):
+    import numpy
+    from PIL import Image
+
+    from vrm_distill import create_model
+
+    photos, teacher = tmp_path / "photos", tmp_path / "teacher.pth"
+    numbers = numpy.random.default_rng(0).integers(0, 255, (60, 8, 8), dtype="uint8")
+
+    def add(first, last):
+        for i in range(first, last):
+            path = photos / "train" / "ab"[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(numbers[i]).save(path)
+
+    def write_teacher(seed, path):
+        torch.manual_seed(seed)
+        torch.save(create_model("conv_8_16_16", 1, 2).state_dict(), path)
+
+    add(0, 50)
+    write_teacher(0, teacher)
+    arguments = [x for x in SHORT if not x.startswith(("--train-images", "--batch-size"))]
+    arguments += [f"--dataset=folder:{photos}", "--batch-size=8", f"--output-dir={tmp_path / 'run'}"]
+    taught = [*arguments, f"--teacher-checkpoint={teacher}"]
+    _stopped_at_a_checkpoint(monkeypatch, taught)
+    add(50, 55)
+    said = _refusal(capsys, [*taught, "--resume"])
+    assert (
+        f"argument --resume: {tmp_path / 'run' / 'resume.pt'} is of another run: the images of folder:{photos}" in said
+    )
+    for i in range(50, 55):
+        (photos / "train" / "ab"[i % 2] / f"{i}.png").unlink()
+    write_teacher(1, teacher)
+    assert f"the weights in {teacher} are not those of then" in _refusal(capsys, [*taught, "--resume"])
+    # The same weights elsewhere are the same teacher.
+    teacher.unlink()
+    write_teacher(0, tmp_path / "moved.pth")
+    assert main([*arguments, f"--teacher-checkpoint={tmp_path / 'moved.pth'}", "--resume"]) == 0
+
+
+def test_another_number_of_processes_is_told(tmp_path, monkeypatch, capsys):
+    arguments = [*SHORT, f"--output-dir={tmp_path / 'run'}"]
+    _stopped_at_a_checkpoint(monkeypatch, arguments)
+    state = checkpoint.load_state(tmp_path / "run" / "resume.pt")
+    checkpoint.save_state(tmp_path / "run" / "resume.pt", {**state, "processes": 2})
+    assert main([*arguments, "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "resuming with 1 process what 2 began: the order of the images stays" in said
+    assert "and the relations are of other shares of a batch" in said
+
+
+def test_checkpoint_of_another_version_is_refused(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    checkpoint.save_state(tmp_path / "run" / "resume.pt", {"settings": {}})
+    said = _refusal(capsys, [*SHORT, "--resume", f"--output-dir={tmp_path / 'run'}"])
+    assert "is of another version of vrm-distill" in said
+
+
+def test_ctrl_c_within_a_write_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "resume.pt"
+    checkpoint.save_state(path, {"step": 1})
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_state(path, {"step": 2})
+    assert checkpoint.load_state(path) == {"step": 1} and len(list(tmp_path.iterdir())) == 1

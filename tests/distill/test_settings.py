@@ -137,3 +137,34 @@ def test_running_mean_is_what_is_judged_and_kept(finished, tmp_path):
         [r["train_loss"] for r in read_log(f) if r["method"] == "teacher"] for f in (tmp_path / "run", finished)
     )
     assert with_mean == without
+
+
+def test_trackers_that_are_not_installed_are_refused_and_installed_ones_get_every_epoch(tmp_path, monkeypatch, capsys):
+    from vrm_distill import log
+
+    find_spec = log.importlib.util.find_spec
+    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(SystemExit):
+        main([*SHORT, str(tmp_path / "run"), "--track", "wandb"])
+    assert "argument --track: wandb not installed: pip install wandb" in capsys.readouterr().err
+
+    class Tracker:
+        def __init__(self, name):
+            self.name, self.got = name, []
+
+        def log(self, values, **step):
+            self.got.append((values, step))
+
+    trackers = [Tracker("wandb"), Tracker("mlflow")]
+    with log.Log(tmp_path / "log.csv", trackers=trackers) as writer:
+        writer.add({"run": "r", "method": "distilled", "seed": 5, "epoch": 3, "train_loss": 0.5})
+    assert trackers[0].got == [({"distilled-5/train_loss": 0.5}, {})]
+    assert trackers[1].got == [({"distilled-5/train_loss": 0.5}, {"step": 3})]
+
+
+def test_compiled_by_accelerates_launcher(finished, tmp_path, monkeypatch):
+    """``accelerate launch --dynamo_backend X`` says so in the environment; the student's keys stay its own."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert main([*SHORT, str(tmp_path / "run"), "--ema=0.5"]) == 0
+    compiled, plain = (load_checkpoint(f / "student.safetensors")[0] for f in (tmp_path / "run", finished))
+    assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -48,6 +48,28 @@ QUICK += ["--lr=0.03", "--alpha=2", "--beta=1", "--device=cpu", "--seeds=2", "--
 COMMAND = [sys.executable, "-m", "vrm_distill.cli"]
 
 
+def plain_head(in_channels, num_classes):
+    from vrm_distill import create_model
+
+    return create_model("conv_4_8_8", in_channels, num_classes)
+
+
+def zero_head(in_channels, num_classes):
+    """Starts as torchvision's vision transformers do: all logits equal."""
+    model = plain_head(in_channels, num_classes)
+    head = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return model
+
+
+def idle_parameter(in_channels, num_classes):
+    """Has a layer that it does not use."""
+    model = plain_head(in_channels, num_classes)
+    model.idle = torch.nn.Linear(3, 3)
+    return model
+
+
 def start(*arguments, launcher=COMMAND, **options) -> subprocess.Popen:
     """The command in a process of its own, one thread, its words captured."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

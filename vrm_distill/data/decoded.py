@@ -177,7 +177,9 @@ def _file_size(entry: dict) -> tuple[str | None, int]:
 
 def _turned(image) -> tuple[int, int]:
     """Height and width as the EXIF orientation has them."""
-    sideways = image.getexif().get(_ORIENTATION, 1) >= 5
+    # Where a PNG's header has none, Pillow would decode the image to look behind its pixels.
+    known = image.format != "PNG" or "exif" in image.info
+    sideways = known and image.getexif().get(_ORIENTATION, 1) >= 5
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 

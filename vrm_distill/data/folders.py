@@ -22,7 +22,7 @@ def read_folder(root: str) -> tuple[dict[str, tuple[list[str], list[int]]], list
 
     kinds = set(Image.registered_extensions())
     here, top = Path(root), _folders(Path(root))
-    splits = {folder.name: folder for folder in top if folder.name in SPLITS}
+    splits = {name: here / name for name in SPLITS if here / name in top}
     stray = [folder for folder in top if folder.name not in SPLITS] if splits else []
     if splits and "train" not in splits:
         raise ValueError(f"{root} has no folder called train: it has {', '.join(folder.name for folder in top)}")

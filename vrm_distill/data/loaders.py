@@ -30,6 +30,11 @@ class ShardedBatches:
                 f"a batch of {batch_size} cannot be dealt out equally to {world} processes of {accumulate} "
                 f"micro-batches each: take a multiple of {world * accumulate}"
             )
+        if batch_size // (world * accumulate) < 2:
+            raise ValueError(
+                f"a batch of {batch_size} leaves one image to each of {world} processes' {accumulate} micro-batches, "
+                f"which has no relations and no batch norm: take {2 * world * accumulate} or more"
+            )
         if batch_size > samples:
             raise ValueError(f"{batch_size} is larger than the {samples} training images: no batch would be full")
         self.samples, self.batch_size, self.seed = samples, batch_size, seed

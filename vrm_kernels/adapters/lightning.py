@@ -40,8 +40,9 @@ class Distillation(lightning.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.student(images)
 
-    def setup(self, stage: str) -> None:
-        self._teacher[0].to(self.device)
+    def on_train_start(self) -> None:
+        # The student is of the Trainer's precision by here: "bf16-true" and "64-true" convert it, and the images.
+        self._teacher[0].to(self.device, next(self.student.parameters()).dtype)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], _: int) -> Tensor:
         real, virtual, labels = batch

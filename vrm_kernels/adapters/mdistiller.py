@@ -36,8 +36,19 @@ class VRM(nn.Module):
         return 0
 
     def forward_train(self, image: Any, target: Tensor, **_: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits of the real view, and the loss under the one name that the trainer adds up."""
-        real, virtual = image.unbind(1) if isinstance(image, Tensor) else image
+        """The student's logits of the real view, and the loss under the one name that the trainer adds up.
+
+        Raises:
+            ValueError: ``image`` is one view.
+        """
+        if isinstance(image, Tensor):
+            if image.dim() != 5 or image.shape[1] != 2:
+                raise ValueError(
+                    f"VRM needs two views of each image, [B, 2, C, H, W] or a pair, got {list(image.shape)}: "
+                    f"let the training set give both, for instance by vrm_kernels.DualViewDataset"
+                )
+            image = image.unbind(1)
+        real, virtual = image
         with torch.no_grad():
             teacher = both_views(_logits_of(self.teacher), real, virtual)
         student = both_views(_logits_of(self.student), real, virtual)
