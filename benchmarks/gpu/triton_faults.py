@@ -5,13 +5,15 @@ operation still shows, and at TTGIR, which gives each tensor a layout over a blo
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _NAME = re.compile(r"%[\w$.]+(?:#\d+)?")
 _RESULT = re.compile(r"^(%[\w$.]+)(?::(\d+))? = ")
 _VARIABLE = re.compile(r"(%[\w$.]+) = (%[\w$.#]+)")
 _OPERATION = re.compile(r"\"?\b((?:tt|ttg|arith|scf|math|cf|gpu|nvvm|rocdl)\.[\w.]+)\"?")
+_NARROW = re.compile(r" : (?:tensor<[\dx]+x)?i32\b")
+_INTEGER = re.compile(r"arith\.constant (?:dense<)?(-?\d+)>? : (?:tensor<[\dx]+x)?i(?:32|64)\b")
 _PRECISION = re.compile(r"inputPrecision = (\w+)")
 _LAYOUT = re.compile(r"(#[\w.]+(?:<\{[^>]*\}>)?)>")
 _BARRIERS = {"gpu.barrier", "ttg.barrier", "ttg.local_barrier", "nvvm.barrier0", "rocdl.barrier"}
@@ -25,6 +27,7 @@ class Operation:
     results: tuple[str, ...]
     operands: tuple[str, ...]
     path: tuple["Region", ...]  # the regions around it
+    number: int  # of its line
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Program:
         operands = tuple(map(lookup, _NAME.findall(line[result.end() :] if result else line)))
         names = _results(result)
         unique = tuple(f"{text}@{number}" for text in names)
-        operation = Operation(name, line, unique, operands, tuple(regions))
+        operation = Operation(name, line, unique, operands, tuple(regions), number)
         self.operations.append(operation)
         variables = []
         if name == "scf.yield":
@@ -87,6 +90,7 @@ class Program:
                 for target, source in zip(group, operands, strict=False):
                     self.sources.setdefault(target, []).append(source)
         elif name == "scf.for":
+            variables.append((operands[0], f"{operands[0]}@{number}"))  # what it counts
             for k, (inner, start) in enumerate(_VARIABLE.findall(line.partition("iter_args(")[2].partition(") ->")[0])):
                 variables.append((inner, f"{inner}@{number}"))
                 for target in (f"{inner}@{number}", *unique[k : k + 1]):
@@ -124,14 +128,20 @@ def _results(result: re.Match | None) -> list[str]:
 # ---- the rules ------------------------------------------------------------------------------------------------------
 
 
-def faults(ttir: str, ttgir: str, precision: str | None = None) -> list[str]:
-    """What is wrong with a kernel, a line each; ``precision`` is what its products were asked to be computed in."""
+def faults(ttir: str, ttgir: str, precision: str | None = None, bounds: Mapping[str, int] | None = None) -> list[str]:
+    """What is wrong with a kernel, a line each.
+
+    Args:
+        precision: what its products were asked to be computed in.
+        bounds: the largest values of its integer arguments, by name, and of its program ids, ``x``, ``y`` and ``z``.
+    """
     program, laid_out = Program(ttir), Program(ttgir)
     return [
         *_reordered(program),
         *_float_atomics(program),
         *_precisions(program, precision),
         *_read_after_store(program),
+        *_overflows(program, bounds or {}),
         *_layouts_of_masks(laid_out),
     ]
 
@@ -191,6 +201,70 @@ def _loop(program: Program, store: Operation, load: Operation) -> range:
     loops = [region for region in store.path if region.loop and region in load.path]
     inside = [k for k, operation in enumerate(program.operations) if loops and loops[-1] in operation.path]
     return range(inside[0], inside[-1] + 1) if inside else range(0)
+
+
+Interval = tuple[int, int]
+_GROWING = ("arith.addi", "arith.subi", "arith.muli", "arith.shli")
+_SAME = ("arith.extsi", "arith.extui", "tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans")
+
+
+def _overflows(program: Program, bounds: Mapping[str, int]) -> Iterator[str]:
+    """Sums and products in 32 bits that do not fit, by interval arithmetic from what is known of the arguments."""
+    known: dict[str, Interval] = {f"%{name}": (0, value) for name, value in bounds.items()}
+    for k, operation in enumerate(program.operations):
+        if operation.name == "scf.for":
+            start, end = (known.get(x) for x in operation.operands[1:3])
+            counter = f"{operation.operands[0]}@{operation.number}"
+            if start and end:
+                known[counter] = (start[0], max(start[0], end[1] - 1))
+            continue
+        following = program.operations[k + 1].name if k + 1 < len(program.operations) else ""
+        value = _interval(operation, [known.get(x) for x in operation.operands], bounds, following)
+        if value is None or not operation.results:
+            continue
+        narrow = operation.name in _GROWING and _NARROW.search(operation.text)
+        if narrow and not -(2**31) <= value[0] <= value[1] < 2**31:
+            yield f"a 32-bit integer becomes as large as {value[1]:.3g}: {operation.text.split(' loc')[0]}"
+            continue
+        known[operation.results[0]] = value
+
+
+def _interval(operation: Operation, x: list, bounds: Mapping[str, int], following: str) -> Interval | None:
+    name, text = operation.name, operation.text
+    if name == "arith.constant":
+        found = _INTEGER.search(text)
+        return (int(found[1]), int(found[1])) if found else None
+    if name == "tt.make_range":
+        return 0, int(re.search(r"end = (\d+)", text)[1]) - 1
+    if name in ("tt.get_program_id", "tt.get_num_programs"):
+        axis = re.search(rf"{name} (\w)", text)[1]
+        return (0, bounds[axis] + (name == "tt.get_num_programs")) if axis in bounds else None
+    if name == "arith.select":
+        x = x[1:]
+    if name == "tt.reduce":
+        x = x[:1] if following in ("arith.maxsi", "arith.minsi") else [None]
+    if not x or any(interval is None for interval in x):
+        return None
+    if name in _SAME or name == "tt.reduce":
+        return x[0]
+    if name == "arith.select":
+        return min(x[0][0], x[1][0]), max(x[0][1], x[1][1])
+    if len(x) != 2:
+        return None
+    (a, b), (c, d) = x
+    if name in ("arith.divsi", "arith.remsi", "arith.shli", "arith.shrsi") and (a < 0 or c < 0):
+        return None
+    return {
+        "arith.addi": lambda: (a + c, b + d),
+        "arith.subi": lambda: (a - d, b - c),
+        "arith.muli": lambda: (min(a * c, a * d, b * c, b * d), max(a * c, a * d, b * c, b * d)),
+        "arith.divsi": lambda: (a // max(1, d), b // max(1, c)),
+        "arith.remsi": lambda: (0, min(b, max(0, d - 1))),
+        "arith.shli": lambda: (a << c, b << min(d, 63)),
+        "arith.shrsi": lambda: (a >> d, b >> c),
+        "arith.minsi": lambda: (min(a, c), min(b, d)),
+        "arith.maxsi": lambda: (max(a, c), max(b, d)),
+    }.get(name, lambda: None)()
 
 
 def _layouts_of_masks(program: Program) -> Iterator[str]:

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -95,6 +95,7 @@ CALLS = (
     Call(4096, 1000, torch.bfloat16),
     Call(1024, 1000, torch.float16),
     Call(65536, 1000, torch.bfloat16),
+    Call(1024, 21841, torch.bfloat16),
     Call(256, 100, torch.float64),
     Call(64, 100, torch.float32, share=True),
     Call(64, 100, torch.float32, 100.0, complete=True, share=True),
@@ -124,6 +125,8 @@ class Launch:
     constants: tuple[tuple[tuple[int, ...], object], ...]  # where among the arguments, and what
     divisible: tuple[tuple[int, ...], ...]  # where multiples of 16 are
     options: tuple[tuple[str, int], ...]
+    # The largest values of its integers, and of its program ids, in any of the calls.
+    bounds: tuple[tuple[str, int], ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
@@ -170,10 +173,16 @@ class Resources:
 
 def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
     """The different launches of ``calls``, in their order."""
-    launches: dict[Launch, None] = {}
+    launches: dict[Launch, Launch] = {}
 
     def record(kernel, *args, grid, warmup, **options):
-        launches[_launch(kernel, args, options)] = None
+        launch = _launch(kernel, args, options)
+        bounds = dict(launches.get(launch, launch).bounds)
+        values = dict(zip(kernel.arg_names, args, strict=False)) | {x: n - 1 for x, n in zip("xyz", grid, strict=False)}
+        for name, value in values.items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                bounds[name] = max(bounds.get(name, 0), value)
+        launches[launch] = replace(launch, bounds=tuple(bounds.items()))
 
     before = torch.get_float32_matmul_precision()
     patches = (
@@ -191,7 +200,7 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
                 _make(call)
     finally:
         torch.set_float32_matmul_precision(before)
-    return list(launches)
+    return list(launches.values())
 
 
 def _make(call: Call) -> None:
@@ -267,7 +276,9 @@ def compile_launch(launch: Launch, target: Target) -> tuple[Resources, list[str]
         warnings.simplefilter("always")
         compiled = triton.compile(source_of(launch), target=target.gpu, options=dict(launch.options))
     used = _of_cubin(compiled.asm["cubin"]) if target.backend == "cuda" else _of_amdgcn(compiled.asm["amdgcn"])
-    found = faults(compiled.asm["ttir"], compiled.asm["ttgir"], launch.named_constants.get("PRECISION"))
+    found = faults(
+        compiled.asm["ttir"], compiled.asm["ttgir"], launch.named_constants.get("PRECISION"), dict(launch.bounds)
+    )
     return Resources(*used, compiled.metadata.shared), found + [str(warning.message) for warning in told]
 
 
@@ -275,7 +286,7 @@ class _Lowered(Exception):
     pass
 
 
-def faults_of(source: ASTSource, target: Target, options: dict, precision: str | None = None) -> list[str]:
+def faults_of(source: ASTSource, target: Target, options: dict, precision=None, bounds=None) -> list[str]:
     """What is wrong with a kernel, which is compiled as far as that takes: not to machine code."""
     texts = {}
     backend = type(make_backend(target.gpu))
@@ -305,11 +316,12 @@ def faults_of(source: ASTSource, target: Target, options: dict, precision: str |
     ):
         warnings.simplefilter("always")
         triton.compile(source, target=target.gpu, options=options)
-    return faults(texts["ttir"], texts["ttgir"], precision) + [str(warning.message) for warning in told]
+    return faults(texts["ttir"], texts["ttgir"], precision, bounds) + [str(warning.message) for warning in told]
 
 
 def faults_of_launch(launch: Launch, target: Target) -> list[str]:
-    return faults_of(source_of(launch), target, dict(launch.options), launch.named_constants.get("PRECISION"))
+    precision = launch.named_constants.get("PRECISION")
+    return faults_of(source_of(launch), target, dict(launch.options), precision, dict(launch.bounds))
 
 
 def _of_cubin(cubin: bytes) -> tuple[int, int]:

@@ -39,6 +39,7 @@ from vrm_kernels.backends.contract import Sides
 from vrm_kernels.backends.triton import large, plan, small, stages
 from vrm_kernels.distributed import shares as share_module
 from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph.constants import RELATION_EPS
 
 BACKEND = backends.REGISTRY["triton"].load()
 REGIMES = ("small", "large")
@@ -156,6 +157,14 @@ def test_tiles_of_edges_larger_than_those_of_gradients(monkeypatch):
     check(Case((35, 2), kind="duplicated_across", percentile=100.0))
 
 
+@pytest.mark.parametrize("eps", [1e-3, 0.5])
+def test_another_eps(regime, eps):
+    """On certified edges, and on literal ones."""
+    for kind in ("random", "opposite"):
+        logits = inputs(Case((17, 9), kind=kind, percentile=100.0), torch.float32)
+        compare("triton", logits, FLOOR[torch.float32], eps=eps, unreliable_pruning_percentile=100.0)
+
+
 def test_near_convergence(regime):
     for noise, dtype in itertools.product(("1e-2", "1e-3"), (torch.float32, torch.float64)):
         case = Case(SHAPE, kind=f"converged:{noise}", percentile=100.0)
@@ -259,7 +268,7 @@ def _selected(values, percentile, exclude_self=False):
     graph = stages.Graph(False, m, n, m, m + n, 4)
     sides = tuple(torch.zeros(k, 4, dtype=values.dtype) for k in (m, n, m, n))
     precision = plan.Precision(values.dtype, values.dtype)
-    problem = stages.Problem(sides, (graph,), (1.0,), percentile, 1.0, False, exclude_self, precision)
+    problem = stages.Problem(sides, (graph,), (1.0,), percentile, 1.0, RELATION_EPS, False, exclude_self, precision)
     prepared = stages.prepare(problem, softmax=False)
     selector = stages.Selector(problem, prepared, [problem.edge_count(graph)], prepared.histograms)
     for number in range(len(selector.digits)):
@@ -297,7 +306,7 @@ def test_a_threshold_and_a_count_from_elsewhere(monkeypatch):
     whole = evaluate("triton", logits, alpha=1.0, beta=0.0)
     graphs = (stages.Graph(False, b, b, b, 2 * b, c), stages.Graph(True, c, c, c, 2 * c, b))
     precision = plan.Precision(torch.float32, torch.float32)
-    problem = stages.Problem(tuple(logits), graphs, (1.0, 0.0), 30.0, 1.0, False, False, precision)
+    problem = stages.Problem(tuple(logits), graphs, (1.0, 0.0), 30.0, 1.0, RELATION_EPS, False, False, precision)
     for module in (small, large):
         prepared = stages.prepare(problem, softmax=True)
         prepared = stages.with_probs(prepared, prepared.probs, prepared.surprisals[b:])

@@ -65,6 +65,20 @@ def condition_that_is_a_number(a, b):
     tl.store(b + i, tl.where((x > 0).to(tl.int8), x, 0.0))
 
 
+@triton.jit
+def offset_in_32_bits(a, b, n):
+    """A row of 65536 elements, of 65536 rows."""
+    i = tl.arange(0, BLOCK)
+    tl.store(b + i, tl.load(a + tl.program_id(0) * n + i))
+
+
+@triton.jit
+def offset_in_32_bits_in_a_loop(a, b, n):
+    i = tl.arange(0, BLOCK)
+    for row in range(n):
+        tl.store(b + i, tl.load(a + row * n + i))
+
+
 # ---- near misses, which are right ---------------------------------------------------------------------------------
 
 
@@ -92,6 +106,13 @@ def each_branch_its_own(a, b, n):
         tl.store(a + i, tl.load(b + i))
 
 
+@triton.jit
+def offset_in_64_bits(a, b, n):
+    i = tl.arange(0, BLOCK)
+    tl.store(b + i, tl.load(a + tl.program_id(0).to(tl.int64) * n + i))
+
+
+BOUNDS = {"n": 65536, "x": 65535, "m": 32, "depth": 64}
 FAULTY = {
     masked_histogram_of_reshapes: "reorder",
     reordered_beside_another: "reorder",
@@ -100,8 +121,10 @@ FAULTY = {
     read_of_what_was_stored: "no barrier",
     read_of_what_the_last_turn_stored: "no barrier",
     condition_that_is_a_number: "boolean",
+    offset_in_32_bits: "32-bit integer",
+    offset_in_32_bits_in_a_loop: "32-bit integer",
 }
-RIGHT = (histogram_of_a_reshape, read_behind_a_barrier, each_branch_its_own)
+RIGHT = (histogram_of_a_reshape, read_behind_a_barrier, each_branch_its_own, offset_in_64_bits)
 # Nothing the compiler makes today has this: a masked histogram whose operands lie in two layouts.
 MISLAID = """
   tt.func public @k(%x: !tt.ptr<i32>) {

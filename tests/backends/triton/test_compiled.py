@@ -51,7 +51,7 @@ def faults_of(kernel, target):
     known = {{"m": "i32", "n": "i32", "depth": "i32", "histogram": "*i32"}}
     kinds = {{name: known.get(name, "*fp32") for name in kernel.arg_names}}
     options = {{"num_warps": 4, "enable_fp_fusion": True}}
-    return triton_kernels.faults_of(ASTSource(kernel, kinds, {{}}), target, options)
+    return triton_kernels.faults_of(ASTSource(kernel, kinds, {{}}), target, options, None, planted.BOUNDS)
 
 for target in triton_kernels.TARGETS:
     for kernel, told in planted.FAULTY.items():

@@ -29,13 +29,13 @@ class TritonBackend(Backend):
     def relation_graph(
         self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
     ) -> GraphResult:
-        percentile, delta, _, exclude_self = settings
+        percentile, delta, eps, exclude_self = settings
         compute = compute_dtype(*sides)
         (m, dims), n = sides.a.shape, sides.b.shape[0]
         fused = plan.use_fused(compute, m * n * dims)
         precision = plan.precision({x.dtype for x in sides}, compute, (m + n) * dims // 2, fused, sides.a.device)
         graph = Graph(False, m, n, m, m + n, dims)
-        problem = Problem(sides, (graph,), (1.0,), percentile, delta, False, exclude_self, precision)
+        problem = Problem(sides, (graph,), (1.0,), percentile, delta, eps, False, exclude_self, precision)
         ranked = probs is not None
         with stages.on_device(sides.a.device):
             # Passed on without a name here, so that what is used up can be freed.
@@ -63,7 +63,9 @@ class TritonBackend(Backend):
             for by_class, vertices, dims in ((False, b, c), (True, c, b))
         )
         weights = settings.alpha, settings.beta
-        problem = Problem(views, graphs, weights, percentile, settings.delta, complete, complete, precision)
+        problem = Problem(
+            views, graphs, weights, percentile, settings.delta, settings.eps, complete, complete, precision
+        )
         with stages.on_device(device):
             run = small.run if fused else large.run
             totals, grads = run(problem, need_grad, percentile < 100, _with_softmax(problem))

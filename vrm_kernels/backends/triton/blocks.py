@@ -8,7 +8,6 @@ import triton.language as tl
 
 from vrm_kernels.backends.triton.edge import (
     COUNT_EPS,
-    RELATION_EPS,
     SIZES,
     certified_tile,
     literal_gradient,
@@ -45,13 +44,13 @@ def epilogue_kernel(
     losses,  # out [tiles of the graph]
     first_row, rows, first_block_row,  # of products in the graph, how many, and in the gradient block
     block_rows, gradient_rows, tiles_down,  # capacities of the buffers
-    m, n, stride, first_b, vertices, dims, samples, classes, delta_high, delta_low,
+    m, n, stride, first_b, vertices, dims, samples, classes, delta_high, delta_low, eps_high, eps_low,
     BY_CLASS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """All that follows from the three products of a tile of edges."""
     T: tl.constexpr = student.dtype.element_ty
-    delta = number(delta_high, delta_low, T)
+    delta, eps = number(delta_high, delta_low, T), number(eps_high, eps_low, T)
     across = tl.num_programs(0)
     tile_i, tile_j = tl.program_id(1), tl.program_id(0)
     local = tile_i * ROWS + tl.arange(0, ROWS)
@@ -70,7 +69,7 @@ def epilogue_kernel(
         entropy, limit = tl.load(entropies + at, inside, 0.0), tl.load(threshold)
     loss, beta, gamma, literal = certified_tile(
         dot_s, dot_t, dot_w, i, j, ranked, stats, vertices, first_b, entropy, limit, delta,
-        tl.load(scale) * RELATION_EPS, RELATION_EPS, KEEP_ALL,
+        tl.load(scale) * eps, eps, KEEP_ALL,
     )  # fmt: skip
     total = tl.sum(loss, 1)
     any_literal = tl.max(tl.max(literal.to(tl.int32), 1), 0)
@@ -90,8 +89,8 @@ def epilogue_kernel(
     if any_literal > 0:
         corner = wide(first_block_row + tile_i * ROWS) * stride + tile_j * COLUMNS
         total += literal_tile(
-            student, teacher, i, j, literal, inside, dims, samples, classes, first_b, delta, literals + corner, plane,
-            stride, NEED_GRAD, BY_CLASS, ROWS, COLUMNS, DEPTH, T,
+            student, teacher, i, j, literal, inside, dims, samples, classes, first_b, delta, eps, literals + corner,
+            plane, stride, NEED_GRAD, BY_CLASS, ROWS, COLUMNS, DEPTH, T,
         )  # fmt: skip
     tl.store(losses + (first_row // ROWS + tile_i) * across + tile_j, tl.sum(total, 0))
 

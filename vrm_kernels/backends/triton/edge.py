@@ -9,7 +9,6 @@ import triton.language as tl
 
 from vrm_kernels.graph import constants
 
-RELATION_EPS = tl.constexpr(constants.RELATION_EPS)
 COUNT_EPS = tl.constexpr(constants.COUNT_EPS)
 # Sizes whose alignment buys nothing: a kernel is not compiled again for another batch size.
 SIZES = (  # noqa: SIM905 (a list would take forty lines)
@@ -130,7 +129,7 @@ def certified_tile(
 
 @triton.jit
 def literal_tile(
-    student_ptr, teacher_ptr, i, j, literal, inside, dims, samples, classes, first_b, delta, literal_ptr, plane,
+    student_ptr, teacher_ptr, i, j, literal, inside, dims, samples, classes, first_b, delta, eps, literal_ptr, plane,
     row_stride, NEED_GRAD: tl.constexpr, BY_CLASS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +159,7 @@ def literal_tile(
                 square_s += tl.sum(tl.where(mask, ds * ds, 0.0), 1)
                 square_t += tl.sum(tl.where(mask, dt * dt, 0.0), 1)
             length = root(square_s)
-            inverse_s, inverse_t = 1.0 / (length + RELATION_EPS), 1.0 / (root(square_t) + RELATION_EPS)
+            inverse_s, inverse_t = 1.0 / (length + eps), 1.0 / (root(square_t) + eps)
             for start in range(0, dims, BLOCK):
                 d = start + tl.arange(0, BLOCK)
                 mask = chosen[:, None] & (d < dims)[None]

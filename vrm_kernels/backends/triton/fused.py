@@ -9,7 +9,6 @@ import triton.language as tl
 
 from vrm_kernels.backends.triton.edge import (
     COUNT_EPS,
-    RELATION_EPS,
     SIZES,
     certified_tile,
     literal_gradient,
@@ -67,12 +66,12 @@ def entropy_kernel(
 @triton.jit
 def _edges(
     tile, student, teacher, packed, stats, scale, entropies, threshold, coefficients, literals, flags, losses,
-    vertices, m, n, first_b, dims, width, samples, classes, delta_high, delta_low,
+    vertices, m, n, first_b, dims, width, samples, classes, delta_high, delta_low, eps_high, eps_low,
     BY_CLASS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     T: tl.constexpr = student.dtype.element_ty
-    delta = number(delta_high, delta_low, T)
+    delta, eps = number(delta_high, delta_low, T), number(eps_high, eps_low, T)
     across = tl.cdiv(n, BLOCK)
     i = (tile // across) * BLOCK + tl.arange(0, BLOCK)
     j = (tile % across) * BLOCK + tl.arange(0, BLOCK)
@@ -104,7 +103,7 @@ def _edges(
         entropy, limit = tl.load(entropies + at, ranked, 0.0), tl.load(threshold)
     loss, beta, gamma, literal = certified_tile(
         dot_s, dot_t, dot_w, i, j, ranked, stats, vertices, first_b, entropy, limit, delta,
-        tl.load(scale) * RELATION_EPS, RELATION_EPS, KEEP_ALL,
+        tl.load(scale) * eps, eps, KEEP_ALL,
     )  # fmt: skip
     total = tl.sum(loss, 1)
     any_literal = tl.max(tl.max(literal.to(tl.int32), 1), 0)
@@ -117,7 +116,7 @@ def _edges(
     if any_literal > 0:
         corner = (tile // across).to(tl.int64) * BLOCK * n + (tile % across) * BLOCK
         total += literal_tile(
-            student, teacher, i, j, literal, inside_a & inside_b, dims, samples, classes, first_b, delta,
+            student, teacher, i, j, literal, inside_a & inside_b, dims, samples, classes, first_b, delta, eps,
             literals + corner, wide(m) * n, n, NEED_GRAD, BY_CLASS, BLOCK, BLOCK, DEPTH, T,
         )  # fmt: skip
     tl.store(losses + tile, tl.sum(total, 0))
@@ -133,7 +132,7 @@ def edges_kernel(
     literals,  # out [3, m, n] of each graph, see literal_tile; of a tile without literal edges zeros in the first
     flags, losses,  # out [tiles]: whether a tile has literal edges; its share of the loss
     vertices_0, m_0, n_0, first_b_0, dims_0, width_0, vertices_1, m_1, n_1, first_b_1, dims_1, width_1,
-    samples, classes, delta_high, delta_low, tiles_0,
+    samples, classes, delta_high, delta_low, eps_high, eps_low, tiles_0,
     EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +142,7 @@ def edges_kernel(
         _edges(
             tile, student, teacher, packed_0, stats_0, scale, entropies, threshold, coefficients, literals, flags,
             losses, vertices_0, m_0, n_0, first_b_0, dims_0, width_0, samples, classes, delta_high, delta_low,
-            False, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, PRECISION, BLOCK, DEPTH,
+            eps_high, eps_low, False, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, PRECISION, BLOCK, DEPTH,
         )  # fmt: skip
     else:
         edges = wide(m_0) * n_0
@@ -151,7 +150,7 @@ def edges_kernel(
             tile - tiles_0, student, teacher, packed_1, stats_1, scale + 1, entropies + edges, threshold + 1,
             coefficients + 2 * edges, literals + 3 * edges, flags + tiles_0, losses + tiles_0,
             vertices_1, m_1, n_1, first_b_1, dims_1, width_1, samples, classes, delta_high, delta_low,
-            True, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, PRECISION, BLOCK, DEPTH,
+            eps_high, eps_low, True, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, PRECISION, BLOCK, DEPTH,
         )  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def _graph(problem, prepared, k: int, selection, entropies, losses: Tensor, grad
     threshold, limits, counts = stages.selection_tensors(selection, scale, prepared.bad)
     if selection is not None:
         threshold = threshold[k:]
-    delta = stages.split_float(problem.delta)
+    delta, eps = stages.split_float(problem.delta), stages.split_float(problem.eps)
     for first, edge_blocks in blocks.starts(graph.m):
         for row, count in edge_blocks:
             product(a[:, row : row + count], b, buffers.products[:, :count, : graph.n])
@@ -155,9 +155,9 @@ def _graph(problem, prepared, k: int, selection, entropies, losses: Tensor, grad
                 buffers.products, values, prepared.student, prepared.teacher, stats, scale, threshold,
                 *buffers[1:], losses, row, count, row - first, blocks.edges, blocks.gradients,
                 buffers.flags.shape[0], graph.m, graph.n, blocks.stride, graph.first_b, graph.vertices, graph.dims,
-                problem.samples, problem.classes, *delta, BY_CLASS=graph.by_class, EXCLUDE_SELF=problem.exclude_self,
-                KEEP_ALL=selection is None, NEED_GRAD=grads is not None, SPLIT=precision.gradient_terms == 3,
-                **plan.EPILOGUE,
+                problem.samples, problem.classes, *delta, *eps, BY_CLASS=graph.by_class,
+                EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=selection is None, NEED_GRAD=grads is not None,
+                SPLIT=precision.gradient_terms == 3, **plan.EPILOGUE,
             )  # fmt: skip
         if grads is not None:
             rows = sum(count for _, count in edge_blocks)

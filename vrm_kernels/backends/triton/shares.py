@@ -50,7 +50,7 @@ class _Stored(large.Entropies):
 
 def relation_share(sides: Sides, entropy: Tensor | None, settings: ShareSettings, grads: Sequence[Tensor]) -> Tensor:
     """The share's part of the loss; ``entropy`` is what :func:`entropy_of_logs` gave, or rows of it."""
-    threshold, kept, edges, weight, delta, _, exclude_self = settings
+    threshold, kept, edges, weight, delta, eps, exclude_self = settings
     a = sides.a
     # Columns of logits are copied by torch, in tiles; the kernels would read them a row at a time.
     sides = Sides(*(x.contiguous() for x in sides))
@@ -58,7 +58,7 @@ def relation_share(sides: Sides, entropy: Tensor | None, settings: ShareSettings
     fused = plan.use_fused(a.dtype, m * n * dims)
     precision = plan.precision({a.dtype}, a.dtype, (m + n) * dims // 2, fused, a.device)
     graph = Graph(False, m, n, m, m + n, dims, edges)
-    problem = Problem(sides, (graph,), (weight,), 100.0, delta, False, exclude_self, precision)
+    problem = Problem(sides, (graph,), (weight,), 100.0, delta, eps, False, exclude_self, precision)
     with stages.on_device(a.device):
         prepared = stages.prepare(problem, softmax=False)
         chosen = None

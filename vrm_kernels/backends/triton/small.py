@@ -50,12 +50,12 @@ def losses_and_gradients(
     flags, losses = problem.new(sum(tiles), dtype=torch.int32), problem.new(sum(tiles))
     entropies = prepared.student if selection is None else selection.entropies
     chosen = stages.selection_tensors(selection, scale, prepared.bad)
-    delta = stages.split_float(problem.delta)
+    delta, eps = stages.split_float(problem.delta), stages.split_float(problem.eps)
     shapes = [k for g in (first, last) for k in (g.vertices, g.m, g.n, g.first_b, g.dims, g.width)]
     keep = {"KEEP_ALL": selection is None, "PRECISION": precision.dot}
     edges_kernel[(sum(tiles),)](
         prepared.student, prepared.teacher, packed[0], packed[-1], stats[0], stats[-1], scale, entropies, chosen[0],
-        coefficients, literals, flags, losses, *shapes, problem.samples, problem.classes, *delta, tiles[0],
+        coefficients, literals, flags, losses, *shapes, problem.samples, problem.classes, *delta, *eps, tiles[0],
         EXCLUDE_SELF=problem.exclude_self, NEED_GRAD=need_grad, **keep, **plan.EDGES,
     )  # fmt: skip
     totals = stages.total(problem, prepared, losses, tiles, selection)

@@ -51,6 +51,7 @@ class Problem:
     weights: tuple[float, ...]
     percentile: float
     delta: float
+    eps: float
     complete: bool
     exclude_self: bool
     precision: plan.Precision
