@@ -339,9 +339,15 @@ def _of_amdgcn(text: str) -> tuple[int, int]:
     return found["vgpr_count"], 4 * found["vgpr_spill_count"]
 
 
-def compile_all(targets=TARGETS, workers: int = 2, what=compile_launch) -> Iterator[tuple[Launch, Target, object]]:
-    """Every launch for every target, compiled in ``workers`` processes: what ``what`` says of it."""
-    jobs = [(launch, target) for target in targets for launch in recorded(nvidia=target.backend == "cuda")]
+def compile_all(
+    targets=TARGETS, workers: int = 2, what=compile_launch, every: bool = True
+) -> Iterator[tuple[Launch, Target, object]]:
+    """Every launch for every target, compiled in ``workers`` processes: what ``what`` says of it. Not ``every``: one of
+    those that differ in alignment and in the width of integers alone."""
+    jobs = []
+    for target in targets:
+        launches = recorded(nvidia=target.backend == "cuda")
+        jobs += [(x, target) for x in (launches if every else {launch.label: launch for launch in launches}.values())]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for (launch, target), result in zip(jobs, pool.map(what, *zip(*jobs, strict=True)), strict=True):
             yield launch, target, result

@@ -65,12 +65,20 @@ def _run(command: list) -> None:
 
 
 def build() -> Path:
-    """The library, from build/ if its sources have not changed."""
+    """The library, from build/ if its sources have not changed. One of the test workers builds it for all."""
     folder = ROOT / "build" / "cuda_host" / _fingerprint()
     library = folder / "libvrm_cuda_host.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    import fcntl  # where there is a g++ to build with
+
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _build(folder, library)
+    return library
+
+
+def _build(folder: Path, library: Path) -> None:
     sources = build_record.fingerprint(ROOT / "csrc", "cuda")
     (folder / "build_info.h").write_text(f'#define VRM_SOURCES "{sources}"\n')
 
@@ -86,7 +94,6 @@ def build() -> Path:
     unfinished = folder / "unfinished.so"
     _run([COMPILER, "-shared", *objects, *libraries, "-ltorch_cpu", "-lc10", "-o", unfinished])
     unfinished.rename(library)
-    return library
 
 
 def backend() -> Entry:
