@@ -180,7 +180,7 @@ def command(device: str, words: tuple[str, ...] = ()) -> dict:
                 last = (done.stderr.strip().splitlines() or [""])[-1]
                 return row | {"status": "not run" if missing else "failed", "note": last[:300]}
             with (output / "log.csv").open(newline="") as file:
-                losses.append(float([x["loss"] for x in csv.DictReader(file) if x["loss"]][-1]))
+                losses.append([float(x["train_loss"]) for x in csv.DictReader(file)][-1])
     error = abs(losses[1] - losses[0]) / losses[0]
     return row | {
         "status": "ok" if error < 0.2 else "wrong",

@@ -256,7 +256,7 @@ def test_training_is_compared_with_the_same_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "VARIANTS", variants)
     monkeypatch.setattr(train, "TIMED", 1)
     with pytest.raises(SystemExit) as ended:
-        train.main([str(tmp_path / "train.csv")], "cpu", recipe)
+        train.main([str(tmp_path / "train.csv"), "--budget", "3000"], "cpu", recipe)
     with (tmp_path / "train.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert not ended.value.code and {row["status"] for row in rows} == {"ok"}, rows
@@ -264,8 +264,19 @@ def test_training_is_compared_with_the_same_on_the_cpu(tmp_path, monkeypatch):
     assert names[:2] == ["float32", "bf16 autocast"] and "process group of one, gather_distributed" in names
     assert rows[0]["backend"] == backends.resolve("auto", torch.device("cpu")) and float(rows[0]["loss_error"]) < 0.02
     monkeypatch.setattr(train, "VARIANTS", (train.Variant("float32", tolerance=-1.0), *variants[1:]))
-    assert next(train.rows(recipe, "cpu", 60, 1))["status"] == "wrong"  # the comparison can fail
+    assert next(train.rows(recipe, "cpu", 3000, 1))["status"] == "wrong"  # the comparison can fail
     assert next(train.rows(recipe, "cpu", 0, 1))["status"] == "not run"
+
+
+def test_the_command_is_run_on_both_devices():
+    """Both are the CPU here: the same losses."""
+    from benchmarks.gpu import train
+
+    row = train.command("cpu")
+    if row["status"] == "not run":
+        pytest.skip(row["note"])
+    assert row["status"] == "ok" and row["loss_error"] == 0.0, row
+    assert train.command("cpu", ("--alpha=-1",))["status"] == "failed"
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or torch.cuda.is_available(), reason="there is a CUDA device")
