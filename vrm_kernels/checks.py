@@ -100,12 +100,27 @@ _INSTEAD = {
 }
 
 
+def why_not_comparable(student: Tensor, teacher: Tensor) -> str:
+    """Of 2-D vertices: what to write where the two networks' have different widths, else nothing."""
+    d, e = student.shape[1], teacher.shape[1]
+    if d == e:
+        return ""
+    return (
+        f": Huber compares the relations of student and teacher component by component, which {d} and {e} dimensions "
+        "do not allow. Project one of them to the other's first, as with torch.nn.Linear"
+    )
+
+
 def check_logits(named: dict[str, Tensor], may_be_empty: bool) -> torch.dtype:
     dtype = check_floating(named)
     check_one_device(named)
     shape = next(iter(named.values())).shape
     if any(x.shape != shape for x in named.values()):
-        raise ValueError(f"the four logits must be 2-D [B, C] and of one shape, got {shapes(named)}")
+        other_classes = any(x.shape[1:] != shape[1:] for x in named.values())
+        why = ". Student and teacher need the same classes: take those that both have, as in logits[:, classes]"
+        raise ValueError(
+            f"the four logits must be 2-D [B, C] and of one shape, got {shapes(named)}{why if other_classes else ''}"
+        )
     if len(shape) != 2:
         raise ValueError(f"the four logits must be 2-D [B, C], got {shapes(named)}{_INSTEAD.get(len(shape), '')}")
     if shape[1] == 0 or (shape[0] == 0 and not may_be_empty):
@@ -166,6 +181,28 @@ def warn_of_lost_gradients(**named: Tensor | None) -> None:
                 f"torch.no_grad(), or give {name}.detach()",
                 stacklevel=3,
             )
+
+
+def warn_of_labels_that_are_no_probabilities(labels: Tensor) -> None:
+    """Of floating labels whose rows do not sum to 1, judged by the sum of all of them, which takes 2 us at 64x100. Only
+    where the numbers are at hand: on the CPU, where nothing traces or batches."""
+    if (
+        torch.compiler.is_compiling()
+        or not labels.dtype.is_floating_point
+        or type(labels) is not Tensor
+        or labels.device.type != "cpu"
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+    ):
+        return
+    rows, total = len(labels), labels.sum().item()
+    if abs(total - rows) > 1e-2 * rows:  # bfloat16 rounds by less
+        warnings.warn(
+            f"floating labels are class probabilities, but these {rows} rows sum to {total:.6g}, not to {rows}: the "
+            "cross-entropy weighs each row by its sum. Divide multi-hot labels by labels.sum(1, keepdim=True), and "
+            "leave rows out that should not count",
+            stacklevel=3,
+        )
 
 
 def check_finite(named: dict[str, Tensor]) -> None:

@@ -51,7 +51,8 @@ def vrm_loss(
     Args:
         logits_student_real, logits_student_virtual: ``[B, C]``, floating, any strides; receive gradients.
         logits_teacher_real, logits_teacher_virtual: ``[B, C]``, floating; receive none.
-        labels: ``[B]`` class indices or ``[B, C]`` class probabilities; ``None`` if neither cross-entropy is on.
+        labels: ``[B]`` class indices or ``[B, C]`` class probabilities, whose rows sum to 1 (on the CPU, labels whose
+            sum is not ``B`` are warned of; a device is not read); ``None`` if neither cross-entropy is on.
         class_weight: ``[C]``, floating.
         return_terms: also return the terms, detached.
 
@@ -93,6 +94,7 @@ def vrm_loss(
     )
     if labels is not None or ce_loss_on_real or ce_loss_on_virtual:
         labels = checks.check_labels(labels, logits_student_real, dtype, ignore_index)
+        checks.warn_of_labels_that_are_no_probabilities(labels)
     class_weight = checks.check_class_weight(class_weight, logits_student_real, dtype)
     chosen = backends.resolve(backend, logits_student_real.device)
     if check_finite:
@@ -131,7 +133,8 @@ def relation_loss(
 
     Args:
         a, b: the student's vertices, ``[M, D]`` and ``[N, D]``, floating, any strides; receive gradients.
-        teacher_a, teacher_b: the teacher's, ``[M, E]`` and ``[N, E]`` with E = D.
+        teacher_a, teacher_b: the teacher's, ``[M, D]`` and ``[N, D]``. Huber compares relations component by component,
+            so both networks need one D: project the features of one to the other's first, with a linear layer.
         probs: ``(P [M, K], P' [N, K])``, non-negative, finite; ranks the edges by ``-sum_k P_ik log(P'_jk + 1e-7)``.
             They carry no gradient. ``None`` keeps every edge, whatever the percentile.
         percentile: keep the edges at or below this percentile of that ranking, in [0, 100].
@@ -159,7 +162,8 @@ def relation_loss(
     if any(x.dim() != 2 for x in named.values()):
         raise ValueError(f"every tensor must be 2-D, got {checks.shapes(named)}")
     if a.shape != teacher_a.shape or b.shape != teacher_b.shape or a.shape[1] != b.shape[1]:
-        raise ValueError(f"a and teacher_a must be [M, D], b and teacher_b [N, D], got {checks.shapes(named)}")
+        why = checks.why_not_comparable(a, teacher_a)
+        raise ValueError(f"a and teacher_a must be [M, D], b and teacher_b [N, D], got {checks.shapes(named)}{why}")
     if 0 in a.shape or 0 in b.shape:
         raise ValueError(f"a graph needs at least one vertex a side and one dimension, got {checks.shapes(named)}")
     if probs is not None:

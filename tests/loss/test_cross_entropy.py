@@ -1,11 +1,13 @@
 """The cross-entropies are F.cross_entropy's, whatever their settings: values, gradients, refusals."""
 
 import itertools
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import MODES, Case, inputs, make_labels, relative_error
+from torch._subclasses import FakeTensorMode
 
 import vrm_kernels
 import vrm_kernels.functional as VF
@@ -123,3 +125,24 @@ def test_a_teacher_or_labels_that_require_a_gradient_are_warned_of():
     told = [str(warning.message).split(" requires")[0] for warning in record]
     assert told == ["logits_teacher_real", "logits_teacher_virtual", "labels"]
     assert "give labels.detach()" in str(record[2].message) and record[0].filename == __file__
+
+
+def test_labels_that_are_no_probabilities_are_warned_of():
+    logits = inputs(Case(SHAPE, seed=1000), torch.float32)
+    probabilities = labels_of("probabilities")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for labels in (probabilities, probabilities.bfloat16(), labels_of("indices"), probabilities.to("meta")):
+            VF.vrm_loss(*(x.to(labels.device) for x in logits), labels, 1.0, 1.0)
+    with pytest.warns(UserWarning, match=rf"these {SHAPE[0]} rows sum to {2 * SHAPE[0]}, not to {SHAPE[0]}") as record:
+        VF.vrm_loss(*logits, 2 * probabilities, 1.0, 1.0)
+    assert record[0].filename == __file__
+
+
+def test_such_labels_are_not_read_where_that_is_impossible():
+    logits, twice = inputs(Case(SHAPE, seed=1000), torch.float32), torch.full(SHAPE, 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with FakeTensorMode() as mode:
+            VF.vrm_loss(*map(mode.from_tensor, (*logits, twice)), 1.0, 1.0)
+        torch.func.vmap(lambda y: VF.vrm_loss(*logits, y, 1.0, 1.0))(torch.stack([twice, twice]))

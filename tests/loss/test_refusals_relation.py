@@ -25,7 +25,10 @@ def probs(m=M, n=N, k=K, other_k=None):
         ([(M, D), (N, D), (M + 1, D), (N, D)], r"a and teacher_a must be \[M, D\].*a \(4, 3\).*teacher_a \(5, 3\)"),
         ([(M, D), (N, D), (M, D), (N - 1, D)], r"b and teacher_b \[N, D\], got .*teacher_b \(4, 3\)"),
         ([(M, D), (N, D + 1), (M, D), (N, D + 1)], r"must be \[M, D\]"),
-        ([(M, D), (N, D), (M, D + 1), (N, D + 1)], r"must be \[M, D\]"),
+        (
+            [(M, D), (N, D), (M, D + 1), (N, D + 1)],
+            r"must be \[M, D\].* component by component, which 3 and 4 dimensions do not allow. Project one of them",
+        ),
         ([(0, D), (N, D), (0, D), (N, D)], "at least one vertex a side"),
         ([(M, D), (0, D), (M, D), (0, D)], "at least one vertex a side"),
         ([(M, 0), (N, 0), (M, 0), (N, 0)], "at least one vertex a side and one dimension"),
