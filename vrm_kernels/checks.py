@@ -13,10 +13,26 @@ RELATIONS = ("inter_view", "complete")
 NORMALIZATIONS = (None, "zscore")
 
 
+def check_weights(alpha: float | Tensor, beta: float | Tensor) -> tuple[float, float, Tensor | None]:
+    """The weights of the two graphs as plain numbers. Where a tensor is one of them and the call is being compiled, its
+    value is not there to be read: zeros then, and both weights in a float64 tensor ``[2]``."""
+    for name, weight in (("alpha", alpha), ("beta", beta)):
+        if isinstance(weight, Tensor) and (weight.dim() > 0 or weight.requires_grad or weight.device.type != "cpu"):
+            raise ValueError(
+                f"{name} as a tensor must be 0-D, on the CPU (its value is read) and need no gradient, got shape "
+                f"{tuple(weight.shape)} on {weight.device}, requires_grad={weight.requires_grad}"
+            )
+    if torch.compiler.is_compiling() and (isinstance(alpha, Tensor) or isinstance(beta, Tensor)):
+        return 0.0, 0.0, torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in (alpha, beta)])
+    alpha, beta = (x.item() if isinstance(x, Tensor) else x for x in (alpha, beta))
+    check_range("alpha", alpha, 0.0, math.inf)
+    check_range("beta", beta, 0.0, math.inf)
+    return float(alpha), float(beta), None
+
+
 def check_settings(settings: LossSettings, relations: str, normalize: str | None, backend: str) -> LossSettings:
-    """Refuse a setting of :func:`vrm_loss` that is out of its range, before any work; else give plain numbers."""
-    check_range("alpha", settings.alpha, 0.0, math.inf)
-    check_range("beta", settings.beta, 0.0, math.inf)
+    """Refuse a setting of :func:`vrm_loss` that is out of its range, before any work; else give plain numbers. The
+    weights are :func:`check_weights`'s."""
     check_range("unreliable_pruning_percentile", settings.percentile, 0.0, 100.0)
     check_positive("delta", settings.delta)
     check_positive("eps", settings.eps)
@@ -29,8 +45,8 @@ def check_settings(settings: LossSettings, relations: str, normalize: str | None
         raise ValueError(f"normalize must be one of {', '.join(map(repr, NORMALIZATIONS))}, got {normalize!r}")
     backends.check_name(backend)
     return LossSettings(
-        float(settings.alpha),
-        float(settings.beta),
+        settings.alpha,
+        settings.beta,
         bool(settings.ce_real),
         bool(settings.ce_virtual),
         float(settings.percentile),

@@ -24,8 +24,8 @@ def vrm_loss(
     logits_teacher_real: Tensor,
     logits_teacher_virtual: Tensor,
     labels: Tensor | None,
-    alpha: float,
-    beta: float,
+    alpha: float | Tensor,
+    beta: float | Tensor,
     ce_loss_on_real: bool = True,
     ce_loss_on_virtual: bool = True,
     unreliable_pruning_percentile: float = DEFAULT_PERCENTILE,
@@ -53,6 +53,7 @@ def vrm_loss(
         logits_teacher_real, logits_teacher_virtual: ``[B, C]``, floating; receive none.
         labels: ``[B]`` class indices or ``[B, C]`` class probabilities, whose rows sum to 1 (on the CPU, labels whose
             sum is not ``B`` are warned of; a device is not read); ``None`` if neither cross-entropy is on.
+        alpha, beta: numbers, or 0-D tensors on the CPU.
         class_weight: ``[C]``, floating.
         return_terms: also return the terms, detached.
 
@@ -68,6 +69,7 @@ def vrm_loss(
         RuntimeError: a backend, asked for by name, that cannot run here; a second derivative through a backend other
             than ``reference``.
     """
+    alpha, beta, weights = checks.check_weights(alpha, beta)
     settings = LossSettings(
         alpha,
         beta,
@@ -103,11 +105,11 @@ def vrm_loss(
     views = Views(*named.values())
     zscore = normalize == "zscore"
     if group is None:
-        result = ops.vrm_loss(views, labels, class_weight, settings, zscore, chosen)
+        result = ops.vrm_loss(views, labels, class_weight, weights, settings, zscore, chosen)
     else:
         from vrm_kernels.distributed import loss as distributed  # needs a torch that was built with torch.distributed
 
-        result = distributed.vrm_loss(views, labels, class_weight, settings, zscore, chosen, group.group_name)
+        result = distributed.vrm_loss(views, labels, class_weight, weights, settings, zscore, chosen, group.group_name)
     if not return_terms:
         return result.loss
     terms = *result.terms.detach().unbind(), *result.kept.unbind()

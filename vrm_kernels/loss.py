@@ -14,7 +14,9 @@ class VRMLoss(nn.Module):
     .. math:: L = CE(S, y) + CE(S', y) + \alpha L_{inter-sample} + \beta L_{inter-class}
 
     Args:
-        alpha: weight of the inter-sample graph, >= 0.
+        alpha: weight of the inter-sample graph, >= 0. A weight that changes from step to step under ``torch.compile``
+            is a 0-D tensor on the CPU (``loss_fn.alpha = torch.tensor(4.0)``): a number is compiled in, and each new
+            one compiles again.
         beta: weight of the inter-class graph, >= 0.
         ce_loss_on_real: add the cross-entropy of the real view.
         ce_loss_on_virtual: add the cross-entropy of the virtual view.
@@ -54,8 +56,8 @@ class VRMLoss(nn.Module):
 
     def __init__(
         self,
-        alpha: float,
-        beta: float,
+        alpha: float | Tensor,
+        beta: float | Tensor,
         ce_loss_on_real: bool = True,
         ce_loss_on_virtual: bool = True,
         unreliable_pruning_percentile: float = VF.DEFAULT_PERCENTILE,
@@ -90,8 +92,7 @@ class VRMLoss(nn.Module):
         self.process_group = process_group
         self.check_finite = check_finite
         settings = LossSettings(
-            alpha,
-            beta,
+            *checks.check_weights(alpha, beta)[:2],
             ce_loss_on_real,
             ce_loss_on_virtual,
             unreliable_pruning_percentile,

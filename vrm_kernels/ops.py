@@ -5,6 +5,7 @@ PyTorch, never wrapped in an operator.
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,8 +46,9 @@ define(
 )
 LOSS_ARGUMENTS = (
     "Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, Tensor? labels, "
-    "Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, float percentile, float delta, "
-    "float eps, bool complete, float label_smoothing, int ignore_index, bool zscore, bool need_grad, str backend"
+    "Tensor? class_weight, Tensor? weights, float alpha, float beta, bool ce_real, bool ce_virtual, float percentile, "
+    "float delta, float eps, bool complete, float label_smoothing, int ignore_index, bool zscore, bool need_grad, "
+    "str backend"
 )
 LOSS_RESULTS = "(Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)"
 define(f"vrm_loss({LOSS_ARGUMENTS}) -> {LOSS_RESULTS}")
@@ -73,20 +75,24 @@ def vrm_loss(
     views: Views,
     labels: Tensor | None,
     class_weight: Tensor | None,
+    weights: Tensor | None,
     settings: LossSettings,
     zscore: bool,
     backend: str,
 ) -> LossResult:
-    """The whole loss on ``backend``; only ``loss`` of the result is differentiable. With ``zscore`` the relations, and
-    the entropies that rank them, are those of the logits' z-scores."""
+    """The whole loss on ``backend``; ``weights`` ``[2]``, if given, stands for alpha and beta of ``settings``. Only
+    ``loss`` of the result is differentiable. With ``zscore`` the relations, and the entropies that rank them, are those
+    of the logits' z-scores."""
     real, virtual, teacher_real, teacher_virtual = views
     views = Views(real, virtual, teacher_real.detach(), teacher_virtual.detach())
     if backend == "reference":
         with without_autocast(real.device.type):
             views = Views(real, virtual, *map(_outside_inference, views[2:]))
             labels, class_weight = (None if x is None else _outside_inference(x) for x in (labels, class_weight))
+            if weights is not None:  # traced by the compiler, as everything of this backend
+                settings = settings._replace(alpha=weights[0], beta=weights[1])  # type: ignore[arg-type]
             return _loss(_REFERENCE, views, labels, class_weight, settings, zscore, False)
-    arguments = *views, labels, class_weight, *settings, zscore, needs_grad(real, virtual), backend
+    arguments = *views, labels, class_weight, weights, *settings, zscore, needs_grad(real, virtual), backend
     return LossResult(*call(torch.ops.vrm_kernels.vrm_loss, _vrm_loss, backend, arguments))
 
 
@@ -128,12 +134,24 @@ def _relation_graph(a, b, teacher_a, teacher_b, p, q, percentile, delta, eps, ex
         return tuple(chosen.relation_graph(Sides(a, b, teacher_a, teacher_b), probs, settings, need_grad))
 
 
-def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight, *rest):
-    *settings, zscore, need_grad, backend = rest
+def settings_of(weights: Tensor | None, values: tuple) -> LossSettings:
+    """The settings of an operator from its arguments ``weights, alpha, ..., ignore_index``."""
+    settings = LossSettings(*values)
+    if weights is None:
+        return settings
+    alpha, beta = weights.tolist()
+    if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
+        raise ValueError(f"alpha and beta must be >= 0 and finite, got {alpha} and {beta}")
+    return settings._replace(alpha=alpha, beta=beta)
+
+
+def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight, weights, *rest):
+    *values, zscore, need_grad, backend = rest
+    settings = settings_of(weights, values)
     views = Views(real, virtual, teacher_real, teacher_virtual)
     with without_autocast(real.device.type):
         chosen = backends.REGISTRY[backend].load()
-        return tuple(_loss(chosen, views, labels, class_weight, LossSettings(*settings), zscore, need_grad))
+        return tuple(_loss(chosen, views, labels, class_weight, settings, zscore, need_grad))
 
 
 def _loss(

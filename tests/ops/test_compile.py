@@ -59,6 +59,37 @@ def test_changing_shapes(backend, dtype):
     assert counter.frame_count <= 3
 
 
+def test_weights_that_change_are_not_compiled_in(backend):
+    """A warm-up over 8 steps and as many batch sizes: one graph, and one for dynamic shapes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    criterion = vrm_kernels.VRMLoss(torch.tensor(0.0), 0.5, backend=backend)
+    compiled = torch.compile(criterion, fullgraph=True, backend=counter)
+    for k in range(8):
+        criterion.alpha = torch.tensor(0.5 * k)
+        logits, labels = inputs(Case((8 + k, 7), seed=1700), torch.float32), make_labels(8 + k, 7)
+        eager = vrm_kernels.VRMLoss(0.5 * k, 0.5, backend=backend)
+        assert_same(step(compiled, logits, labels), step(eager, logits, labels))
+    assert counter.frame_count <= 2
+
+
+def test_a_weight_out_of_range_is_refused_when_the_compiled_loss_runs(backend):
+    criterion = vrm_kernels.VRMLoss(torch.tensor(1.0), 0.5, backend=backend)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    logits, labels = inputs(Case((8, 7), seed=1700), torch.float32), make_labels(8, 7)
+    compiled(*logits, labels)
+    criterion.alpha = torch.tensor(-1.0)
+    with pytest.raises(ValueError, match=r"alpha and beta must be >= 0 and finite, got -1.0 and 0.5"):
+        compiled(*logits, labels)
+    with pytest.raises(ValueError, match=r"alpha must be >= 0 and finite, got -1"):
+        criterion(*logits, labels)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2), torch.ones((), device="meta"), torch.ones((), requires_grad=True)])
+def test_a_weight_must_be_a_plain_number(weight):
+    with pytest.raises(ValueError, match="beta as a tensor must be 0-D, on the CPU"):
+        vrm_kernels.VRMLoss(1.0, weight)
+
+
 def test_inductor(backend):
     """The default compiler, with a model in front, and dynamic batch sizes."""
     torch.manual_seed(0)

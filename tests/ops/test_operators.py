@@ -55,7 +55,7 @@ def check_vrm_loss(backend, shape, need_grad, relations, dtype):
         x.requires_grad_(need_grad)
     settings = SETTINGS._replace(complete=relations == "complete")
     weight = torch.ones(shape[1], dtype=compute_dtype(*logits))
-    arguments = (*logits, make_labels(*shape), weight, *settings, False, need_grad, backend)
+    arguments = (*logits, make_labels(*shape), weight, None, *settings, False, need_grad, backend)
     torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
@@ -81,7 +81,7 @@ def test_opcheck_on_strided_logits(backend):
     logits[1] = torch.randn(12, 15)[::2, ::3]
     for x in logits[:2]:
         x.requires_grad_()
-    arguments = (*logits, make_labels(6, 5, "probabilities"), None, *SETTINGS, False, True, backend)
+    arguments = (*logits, make_labels(6, 5, "probabilities"), None, None, *SETTINGS, False, True, backend)
     torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
@@ -90,7 +90,9 @@ def test_without_gradients_none_are_computed(backend):
     logits = make_logits(Case((6, 5)), torch.float32, 0)
     for complete in (False, True):
         settings = SETTINGS._replace(complete=complete)
-        outputs = torch.ops.vrm_kernels.vrm_loss(*logits, make_labels(6, 5), None, *settings, False, False, backend)
+        outputs = torch.ops.vrm_kernels.vrm_loss(
+            *logits, make_labels(6, 5), None, None, *settings, False, False, backend
+        )
         assert outputs[1].numel() == outputs[2].numel() == 0
         outputs = torch.ops.vrm_kernels.relation_graph(*logits, None, None, *GRAPH_SETTINGS, False, backend)
         assert outputs[1].numel() == outputs[2].numel() == 0
@@ -107,7 +109,7 @@ def test_the_operator_is_what_eager_mode_computes(backend, relations):
     students = [x.clone().requires_grad_() for x in logits[:2]]
     settings = SETTINGS._replace(complete=relations == "complete")
     loss, *_, kept = torch.ops.vrm_kernels.vrm_loss(
-        *students, *logits[2:], labels, None, *settings, False, True, backend
+        *students, *logits[2:], labels, None, None, *settings, False, True, backend
     )
     grads = torch.autograd.grad(loss, students, create_graph=True)
     assert torch.equal(loss.detach(), eager.loss) and tuple(kept.tolist()) == eager.kept

@@ -375,7 +375,7 @@ def opcheck(rank: int, world: int) -> bool:
         for x in logits[:2]:
             x.requires_grad_(need_grad)
         labels, weight = torch.tensor([0, 4, 2, 1]), torch.rand(5)
-        arguments = (*logits, labels, weight, *SETTINGS._replace(complete=True), True, need_grad, "torch")
+        arguments = (*logits, labels, weight, None, *SETTINGS._replace(complete=True), True, need_grad, "torch")
         group = dist.group.WORLD.group_name
         torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss_distributed, (*arguments, group))
     return True

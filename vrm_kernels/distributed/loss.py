@@ -48,6 +48,7 @@ def vrm_loss(
     views: Views,
     labels: Tensor | None,
     class_weight: Tensor | None,
+    weights: Tensor | None,
     settings: LossSettings,
     zscore: bool,
     backend: str,
@@ -57,13 +58,13 @@ def vrm_loss(
     process of the group of this name."""
     real, virtual, teacher_real, teacher_virtual = views
     views = Views(real, virtual, teacher_real.detach(), teacher_virtual.detach())
-    arguments = *views, labels, class_weight, *settings, zscore, ops.needs_grad(real, virtual), backend, group
+    arguments = *views, labels, class_weight, weights, *settings, zscore, ops.needs_grad(real, virtual), backend, group
     return LossResult(*ops.call(torch.ops.vrm_kernels.vrm_loss_distributed, _vrm_loss, None, arguments))
 
 
-def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight, *rest):
+def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight, weights, *rest):
     *values, zscore, need_grad, backend_name, group_name = rest
-    settings = LossSettings(*values)
+    settings = ops.settings_of(weights, values)
     group = Group(group_name)
     backend = backends.REGISTRY[backend_name].load()
     views = Views(*(x.detach() for x in (real, virtual, teacher_real, teacher_virtual)))

@@ -347,7 +347,7 @@ def test_operator(regime):
     logits = make_logits(Case((6, 5)), torch.float32, 0)
     for x in logits[:2]:
         x.requires_grad_()
-    arguments = (*logits, make_labels(6, 5), None, *SETTINGS, False, True, "triton")
+    arguments = (*logits, make_labels(6, 5), None, None, *SETTINGS, False, True, "triton")
     torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
