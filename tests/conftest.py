@@ -11,6 +11,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # of this pr
 if "VRM_TEST_DEVICE" in os.environ:  # before helpers, which asks for it
     torch.set_default_device(os.environ["VRM_TEST_DEVICE"])
 
+import torchvision_import  # noqa: F401
 from helpers import BACKENDS
 from hypothesis import HealthCheck, settings
 

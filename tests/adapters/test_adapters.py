@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distill_helpers  # noqa: F401 (imports torchvision where that takes a hand)
+import distill_helpers  # noqa: F401
 import numpy
 import pytest
 import torch

@@ -3,7 +3,7 @@
 import re
 import sys
 
-import distill_helpers  # noqa: F401 (imports torchvision where that takes a hand)
+import distill_helpers  # noqa: F401
 import pytest
 import torch
 from torch import nn

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distill_helpers import finish, start  # also imports torchvision where that takes a hand
+from distill_helpers import finish, start
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Chance is 10 %, or 1 in 11 pixels.

@@ -1,9 +1,7 @@
 """What the tests of the recipe share: a run of a second or two, and reading what it wrote."""
 
 import csv
-import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,33 +13,6 @@ from torch import nn
 # A test module that imports this one needs the extra "distill", and is skipped without it.
 for _module in ("accelerate", "datasets", "kornia", "matplotlib", "rich", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(_module)
-
-
-def _import_torchvision() -> None:
-    """Import torchvision, also a build whose compiled operators do not load beside a torch for the CPU.
-
-    timm and torchdistill import it; none of what is tested here uses those operators, but importing torchvision
-    describes some of them to torch, and fails where they do not exist. They are declared here for it.
-    """
-    try:
-        import torchvision
-    except ModuleNotFoundError:
-        return
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        folder = Path(importlib.util.find_spec("torchvision").origin).parent
-        for name in re.findall(
-            r'register_fake\("torchvision::(\w+)"\)', (folder / "_meta_registrations.py").read_text()
-        ):
-            _LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
-
-
-_LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-_import_torchvision()
 
 QUICK = ["--train-images=128", "--batch-size=32", "--teacher=conv_8_16_16", "--teacher-epochs=3", "--epochs=4"]
 QUICK += ["--lr=0.03", "--alpha=2", "--beta=1", "--device=cpu", "--seeds=2", "--seed=5"]
