@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, settings
 
 from vrm_kernels import backends
 
+pytest.register_assert_rewrite("parity_suite")
 settings.register_profile(
     "reproducible",
     deadline=None,

@@ -1,8 +1,10 @@
 """The custom operators hold what PyTorch asks of an operator: schema, fake kernel, autograd, no aliasing."""
 
+import parity_suite
 import pytest
 import torch
-from helpers import DTYPES, GRAPH_SETTINGS, MODES, SETTINGS, Case, evaluate, make_labels, make_logits
+from helpers import DTYPES, GRAPH_SETTINGS, MODES, Case, make_labels, make_logits
+from parity_suite import check_vrm_loss
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
@@ -30,6 +32,10 @@ WITHOUT_TENSORS = {
 }  # fmt: skip
 
 
+class TestOperators(parity_suite.Operators):
+    """On every backend."""
+
+
 def test_every_operator_is_checked_here(any_backend):
     VF.relation_loss(*make_logits(Case((4, 3)), torch.float32, 0), backend=any_backend)  # loads what registers late
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("vrm_kernels::")}
@@ -42,21 +48,6 @@ def test_every_operator_is_checked_here(any_backend):
 @pytest.mark.parametrize("need_grad", [False, True])
 def test_opcheck_vrm_loss(backend, need_grad, relations, dtype):
     check_vrm_loss(backend, (6, 5), need_grad, relations, dtype)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1)], ids=str)
-def test_opcheck_vrm_loss_of_one_row_or_column(backend, shape):
-    check_vrm_loss(backend, shape, True, "complete", torch.float32)
-
-
-def check_vrm_loss(backend, shape, need_grad, relations, dtype):
-    logits = make_logits(Case(shape), dtype, 0)
-    for x in logits[:2]:
-        x.requires_grad_(need_grad)
-    settings = SETTINGS._replace(complete=relations == "complete")
-    weight = torch.ones(shape[1], dtype=compute_dtype(*logits))
-    arguments = (*logits, make_labels(*shape), weight, None, *settings, False, need_grad, backend)
-    torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
@@ -74,48 +65,6 @@ def test_opcheck_relation_graph(backend, exclude_self, need_grad, ranked, dtype)
     probs = (p, q) if ranked else (None, None)
     arguments = (*GRAPH_SETTINGS._replace(exclude_self=exclude_self), need_grad, backend)
     torch.library.opcheck(torch.ops.vrm_kernels.relation_graph, (a, b, teacher_a, teacher_b, *probs, *arguments))
-
-
-def test_opcheck_on_strided_logits(backend):
-    logits = [x.t().contiguous().t() for x in make_logits(Case((6, 5)), torch.float32, 0)]
-    logits[1] = torch.randn(12, 15)[::2, ::3]
-    for x in logits[:2]:
-        x.requires_grad_()
-    arguments = (*logits, make_labels(6, 5, "probabilities"), None, None, *SETTINGS, False, True, backend)
-    torch.library.opcheck(torch.ops.vrm_kernels.vrm_loss, arguments)
-
-
-def test_without_gradients_none_are_computed(backend):
-    """need_grad is what spares evaluation the gradient's work: the operator then returns empty ones."""
-    logits = make_logits(Case((6, 5)), torch.float32, 0)
-    for complete in (False, True):
-        settings = SETTINGS._replace(complete=complete)
-        outputs = torch.ops.vrm_kernels.vrm_loss(
-            *logits, make_labels(6, 5), None, None, *settings, False, False, backend
-        )
-        assert outputs[1].numel() == outputs[2].numel() == 0
-        outputs = torch.ops.vrm_kernels.relation_graph(*logits, None, None, *GRAPH_SETTINGS, False, backend)
-        assert outputs[1].numel() == outputs[2].numel() == 0
-
-
-@pytest.mark.parametrize("relations", MODES)
-def test_the_operator_is_what_eager_mode_computes(backend, relations):
-    """Eager calls skip the dispatcher: the same bits, gradients and refusal of second derivatives with it."""
-    logits = make_logits(Case((17, 13)), torch.float32, 0)
-    labels = make_labels(17, 13)
-    eager = evaluate(
-        backend, logits, labels, alpha=2.0, beta=0.5, ce=(True, True), label_smoothing=0.1, relations=relations
-    )
-    students = [x.clone().requires_grad_() for x in logits[:2]]
-    settings = SETTINGS._replace(complete=relations == "complete")
-    loss, *_, kept = torch.ops.vrm_kernels.vrm_loss(
-        *students, *logits[2:], labels, None, None, *settings, False, True, backend
-    )
-    grads = torch.autograd.grad(loss, students, create_graph=True)
-    assert torch.equal(loss.detach(), eager.loss) and tuple(kept.tolist()) == eager.kept
-    assert all(torch.equal(x, y) for x, y in zip(grads, eager.grads, strict=True))
-    with pytest.raises(RuntimeError, match="second derivatives"):
-        torch.autograd.grad(grads[0].square().sum(), students)
 
 
 # ---- the compiled ones, which have no autograd of their own -------------------------------------------------------

@@ -1,44 +1,14 @@
 """Parity over the percentiles, deltas, weights, cross-entropies and kinds of labels."""
 
+import parity_suite
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
-    FLOOR,
-    MODES,
-    Case,
-    Result,
-    assert_parity,
-    compare,
-    evaluate,
-    inputs,
-    make_labels,
-    relative_error,
-)
+from helpers import Case, Result, evaluate, inputs, make_labels, relative_error
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("relations", MODES)
-@pytest.mark.parametrize("percentile", [0.0, 1.0, 30.0, 50.0, 99.5, 100.0])
-@pytest.mark.parametrize("shape", [(17, 31), (41, 23)], ids=lambda s: f"{s[0]}x{s[1]}")
-def test_parity_over_percentiles(backend, shape, percentile, relations, dtype):
-    assert_parity(backend, Case(shape, percentile=percentile, relations=relations, seed=100), dtype)
-
-
-@pytest.mark.parametrize("relations", MODES)
-@pytest.mark.parametrize("delta", [0.05, 0.5, 1.0, 3.0])
-def test_parity_over_deltas(backend, delta, relations):
-    for dtype in (torch.float32, torch.float64):
-        assert_parity(backend, Case((19, 23), delta=delta, relations=relations, seed=200), dtype)
-
-
-@pytest.mark.parametrize(("alpha", "beta"), [(2.0, 0.5), (0.0, 3.0), (3.0, 0.0), (0.0, 0.0), (16, 8)])
-@pytest.mark.parametrize("relations", MODES)
-def test_parity_over_weights(backend, alpha, beta, relations):
-    logits = inputs(Case((19, 23), relations=relations, seed=300), torch.float32)
-    result = compare(backend, logits, FLOOR[torch.float32], alpha=alpha, beta=beta, relations=relations)
-    if alpha == beta == 0:
-        assert float(result.loss) == 0 and not any(grad.any() for grad in result.grads)
+class TestSettings(parity_suite.Settings):
+    """On every backend."""
 
 
 def _cross_entropy(logits, labels, smoothing, ce) -> Result:

@@ -30,6 +30,7 @@ ROUNDINGS = 16
 GRAPH_WEIGHTS = ((1.0, 0.0), (0.0, 1.0))
 SETTINGS = LossSettings(2.0, 0.5, True, True, 30.0, 1.0, RELATION_EPS, False, 0.1, -100)
 GRAPH_SETTINGS = GraphSettings(30.0, 1.0, RELATION_EPS, False)
+BAD = [torch.nan, torch.inf, -torch.inf]
 
 
 class Result(NamedTuple):
@@ -222,3 +223,9 @@ def make_labels(b: int, c: int, kind: str = "indices", seed: int = 0) -> torch.T
     if kind == "probabilities":
         return F.softmax(torch.randn(b, c, generator=generator), 1)
     return torch.randint(c, (b,), generator=generator)
+
+
+def poisoned(logits, tensor, index, value):
+    logits = [x.clone() for x in logits]
+    logits[tensor].view(-1)[index] = value
+    return logits

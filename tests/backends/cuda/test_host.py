@@ -1,7 +1,7 @@
 """Every kernel of the `cuda` backend run on the host, thread by thread, and put through the parity suite.
 
 tests/backends/cuda/shim checks each access to memory on the way: bounds, initialisation, races between barriers. The
-order in which threads and blocks run is shuffled. What is imported below runs here again, in this backend's forms.
+order in which threads and blocks run is shuffled.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import sys
 import types
 
 import cuda_host
+import parity_suite
 import pytest
 import torch
 from cuda_resources import FLOAT32_ALONE, KERNELS, STEPS
 from helpers import (
+    BAD,
     FLOOR,
     GRAPH_SETTINGS,
     MODES,
@@ -26,45 +28,10 @@ from helpers import (
     evaluate,
     inputs,
     make_logits,
+    poisoned,
     relative_error,
 )
 from share_checks import check_counts, check_group_of_one, check_shares, group_of_one
-from test_extremes import (  # noqa: F401
-    test_a_student_that_equals_its_teacher_up_to_a_factor_has_no_loss,
-    test_near_zero_differences_feel_the_eps,
-    test_parity_near_convergence,
-    test_parity_of_a_collapsed_student,
-    test_parity_of_a_student_opposite_to_its_teacher,
-    test_parity_of_huge_and_tiny_logits_unpruned,
-    test_parity_of_huge_and_tiny_vectors_pruned,
-    test_parity_of_saturated_logits_pruned,
-    test_parity_with_duplicated_rows,
-    test_parity_with_exact_ties,
-)
-from test_inputs import (  # noqa: F401
-    test_each_input_may_have_its_own_layout,
-    test_expanded_inputs,
-    test_inputs_are_left_as_they_were,
-    test_mixed_dtypes_compute_in_what_they_promote_to,
-    test_parity_over_layouts,
-)
-from test_mask import (  # noqa: F401
-    test_kept_counts_are_the_references_in_every_dtype,
-    test_percentiles_next_to_the_ends,
-    test_the_kept_edges_are_the_references_one_by_one,
-)
-from test_nan import BAD, poisoned, test_no_finite_tensor_at_all  # noqa: F401
-from test_operators import (  # noqa: F401
-    test_opcheck_on_strided_logits,
-    test_opcheck_vrm_loss_of_one_row_or_column,
-    test_the_operator_is_what_eager_mode_computes,
-    test_without_gradients_none_are_computed,
-)
-from test_settings import (  # noqa: F401
-    test_parity_over_deltas,
-    test_parity_over_percentiles,
-    test_parity_over_weights,
-)
 
 import vrm_kernels.functional as VF
 from vrm_kernels import backends
@@ -118,7 +85,7 @@ def in_half(monkeypatch):
     monkeypatch.setattr(cuda_backend, "AVERAGING_COMPONENTS", 0)
 
 
-# Of the imported tests, those about what the forms have in common run in the faster one alone.
+# Of the parity suite's tests, those about what the forms have in common run in the faster one alone.
 IN_ONE_FORM = {
     "test_parity_over_percentiles",
     "test_parity_over_layouts",
@@ -133,7 +100,7 @@ IN_ONE_FORM = {
 
 
 def pytest_generate_tests(metafunc):
-    """The imported tests take their fixture ``backend`` or ``any_backend`` from here."""
+    """The parity suite takes its fixture ``backend`` or ``any_backend`` from here."""
     forms = ["literal"] if metafunc.function.__name__ in IN_ONE_FORM else ["tiles", "literal", "dense"]
     for name in {"backend", "any_backend"} & set(metafunc.fixturenames):
         metafunc.parametrize(name, forms, indirect=True)
@@ -154,6 +121,26 @@ def backend(host, monkeypatch, request):
 @pytest.fixture
 def any_backend(host, monkeypatch, request):
     return _backend_in_form(host, monkeypatch, request)
+
+
+class TestExtremes(parity_suite.Extremes):
+    """In this backend's forms."""
+
+
+class TestInputs(parity_suite.Inputs):
+    """In this backend's forms."""
+
+
+class TestMask(parity_suite.Mask):
+    """In this backend's forms."""
+
+
+class TestOperators(parity_suite.Operators):
+    """In this backend's forms."""
+
+
+class TestSettings(parity_suite.Settings):
+    """In this backend's forms."""
 
 
 # ---- shapes, forms and kernels ---------------------------------------------------------------------------------------
