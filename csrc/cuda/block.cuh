@@ -14,6 +14,11 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 // Not NAN, which newer Windows SDKs make of a function that device code cannot call.
 template <class T> constexpr T kNotANumber = std::numeric_limits<T>::quiet_NaN();
 
+// 0 where squares of such components can be summed, else not a number.
+template <class T> __device__ __forceinline__ T poison_of(T x) {
+  return (x < 0 ? -x : x) <= Guard<T>::largest ? T(0) : kNotANumber<T>;
+}
+
 struct SquareRoot {
   template <class T> VRM_HOST_DEVICE T operator()(T x) const { return sqrt(x); }
 };

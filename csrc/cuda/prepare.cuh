@@ -50,12 +50,12 @@ template <class T> struct Target {
 // A row of a view, by a warp.
 template <class T> __device__ __forceinline__ void prepare_sample(const Batch<T>& b, int view, int64_t row) {
   const int64_t all = view * b.samples + row, first = all * b.classes;
-  T top = element<T>(b.student[view], row, 0), poison = 0;  // x - x is 0, or not a number
+  T top = element<T>(b.student[view], row, 0), poison = 0;
   for (int64_t c = lane_index(); c < b.classes; c += 32) {
     const T s = element<T>(b.student[view], row, c), t = element<T>(b.teacher[view], row, c);
     b.student_rows[first + c] = s;
     b.teacher_rows[first + c] = t;
-    poison += (s - s) + (t - t);
+    poison += poison_of(s) + poison_of(t);
     top = s > top ? s : top;
   }
   if (b.probs != nullptr) {
@@ -107,7 +107,7 @@ template <class T> __device__ __forceinline__ void prepare_vertex(const Vectors<
     const T s = element<T>(x.student[side], v, k), t = element<T>(x.teacher[side], v, k);
     x.students[side][v * x.dims + k] = s;
     x.teachers[side][v * x.dims + k] = t;
-    poison += (s - s) + (t - t);
+    poison += poison_of(s) + poison_of(t);
   }
   for (int64_t k = lane_index(); k < x.depth; k += 32) {
     const T p = element<T>(x.probs[side], v, k);

@@ -73,7 +73,7 @@ template <class T> struct ColumnSums {
         for (int r = 0; r < kOwn; ++r) {
           const T x = tile[which].x[warp_index() * kOwn + r][lane_index()];
           sum[which] += x;
-          poison += x - x;
+          poison += poison_of(x);
         }
       __syncthreads();
     }

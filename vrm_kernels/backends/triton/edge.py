@@ -4,6 +4,7 @@ Vertices are numbered over both sides: vertex ``v`` of a graph over rows is row 
 logits, of a graph over columns column ``v % C`` of view ``v // C``.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,6 +23,8 @@ SIZES = (  # noqa: SIM905 (a list would take forty lines)
 CANCELLED_32, CANCELLED_64 = tl.constexpr(0.1), tl.constexpr(1e-3)
 TINY_32, HUGE_32 = tl.constexpr(1e-30), tl.constexpr(1e30)
 TINY_64, HUGE_64 = tl.constexpr(1e-270), tl.constexpr(1e270)
+LARGEST_32 = tl.constexpr(constants.LARGEST[torch.float32])
+LARGEST_64 = tl.constexpr(constants.LARGEST[torch.float64])
 
 
 @triton.jit
@@ -62,6 +65,13 @@ def root(x):
 @triton.jit
 def is_finite(x):
     return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def can_be_squared(x):
+    """Whether squares of such components can be summed; where one cannot, the loss is NaN."""
+    LARGEST: tl.constexpr = LARGEST_64 if x.dtype == tl.float64 else LARGEST_32
+    return tl.abs(x) <= LARGEST
 
 
 @triton.jit

@@ -326,5 +326,5 @@ def total_kernel(
         weight = number(alpha_high, alpha_low, T) if graph == 0 else number(beta_high, beta_low, T)
         total += weight * term
         tl.store(terms + graph, term)
-        tl.store(kept + graph, count)
+        tl.store(kept + graph, tl.where(tl.load(bad) > 0, 0, count))
     tl.store(loss, total)

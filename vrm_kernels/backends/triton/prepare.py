@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from vrm_kernels.backends.triton.edge import SIZES, is_finite, vertex_offset, wide
+from vrm_kernels.backends.triton.edge import SIZES, can_be_squared, is_finite, vertex_offset, wide
 from vrm_kernels.graph import constants
 
 ENTROPY_EPS = tl.constexpr(constants.ENTROPY_EPS)
@@ -29,7 +29,7 @@ def _row(
     student, student_stride, teacher, teacher_stride, row, rows, classes, stacked_student, stacked_teacher, probs,
     surprisals, moments, bad, SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """One row of one view: stack it, take its softmax and its moments, and look for what is not finite."""
+    """One row of one view: stack it, take its softmax and its moments, and look for what cannot be squared."""
     out = wide(row) * classes
     columns = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), T)
@@ -42,7 +42,7 @@ def _row(
         t = tl.load(teacher + wide(c) * teacher_stride, mask, 0.0).to(T)
         tl.store(stacked_student + out + c, s, mask)
         tl.store(stacked_teacher + out + c, t, mask)
-        fine = tl.minimum(fine, (is_finite(s) & is_finite(t)).to(tl.int32))
+        fine = tl.minimum(fine, (can_be_squared(s) & can_be_squared(t)).to(tl.int32))
         top = tl.maximum(top, tl.where(mask, s, float("-inf")))
         sum_s += s
         sum_t += t

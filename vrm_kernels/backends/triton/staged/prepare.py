@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vrm_kernels.backends.triton.edge import is_finite, number, wide
+from vrm_kernels.backends.triton.edge import can_be_squared, number, wide
 from vrm_kernels.backends.triton.prepare import exponential
 from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, padded
 from vrm_kernels.graph import constants
@@ -78,7 +78,7 @@ def prepare_kernel(
         tl.store(to_row + c, z, c < filled)
         if BOTH_GRAPHS:
             tl.store(to_column + wide(c) * column_width, z, c < classes)
-        fine = tl.minimum(fine, is_finite(z).to(tl.int32))
+        fine = tl.minimum(fine, can_be_squared(z).to(tl.int32))
         highest = tl.maximum(highest, tl.where(there, z, float("-inf")))
     tl.store(arrays.finite + job, tl.min(fine, 0))
     if job == 0:  # the counters of the selection, without a launch of their own
