@@ -54,7 +54,7 @@ def start(*arguments, launcher=COMMAND, **options) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> str:
+def finish(process: subprocess.Popen, timeout: float = 400) -> str:
     """What a process said, which must have ended well."""
     try:
         output, _ = process.communicate(timeout=timeout)
