@@ -119,7 +119,7 @@ def test_gather_distributed_reaches_the_loss(tmp_path, monkeypatch):
 
 def test_under_torchrun_the_folder_must_be_named():
     process = start(*MODULE, *FEW, launcher=TORCHRUN)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "argument --output-dir: name it under torchrun" in output
 
 
