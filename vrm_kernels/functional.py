@@ -204,8 +204,8 @@ def joint_entropy(logits_real: Tensor, logits_virtual: Tensor) -> Tensor:
 def quantile(x: Tensor, q: float | Tensor) -> Tensor:
     """The exact q-quantile of all elements of ``x``, of any size, without a host synchronisation.
 
-    Linear interpolation between order statistics, bit for bit ``torch.quantile(x.flatten(), q)`` where that works
-    (up to 2**24 elements); beyond, the rank is formed in float64. NaN anywhere in ``x`` gives NaN.
+    Linear interpolation between order statistics, bit for bit what the installed ``torch.quantile(x.flatten(), q)``
+    gives where that works (before torch 2.14 up to 2**24 elements). NaN anywhere in ``x`` gives NaN.
 
     Args:
         x: floating, any shape, at least one element. float16 and bfloat16 are ranked exactly and interpolated in

@@ -107,7 +107,7 @@ def test_forms_agree(monkeypatch):
 
 def test_ranks_beyond_torch_quantile_need_no_float64_on_the_device():
     """2^24 edges and more: the rank is a float64's, formed on the host."""
-    n = pruning.TORCH_QUANTILE_MAX + 10
+    n = 2**24 + 10
     with Device():
         below, weight = pruning.ranks(0.3, n, torch.empty(1))
     assert (int(below), float(weight)) == pytest.approx(pruning.rank(0.3, n, torch.float32))

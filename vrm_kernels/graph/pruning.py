@@ -9,8 +9,9 @@ import torch
 
 from vrm_kernels.graph.constants import ENTROPY_EPS
 
-# torch.quantile refuses inputs of more elements than this: up to it the rank is torch's own, beyond it float64.
-TORCH_QUANTILE_MAX = 2**24
+# torch.quantile rounds q to the dtype of its input and multiplies it by n - 1 in float64. Before torch 2.14 it rounds
+# the product to float32 as well, and refuses more elements than this.
+ROUNDED_UP_TO = 2**24 if torch.__version__ < (2, 14) else 0
 
 
 @functools.lru_cache(maxsize=1024)
@@ -19,15 +20,19 @@ def rank(q: float, n: int, dtype: torch.dtype) -> tuple[int, float]:
     ``lerp(sorted[below], sorted[below + 1 if weight > 0 else below], weight)``. As in torch.quantile, a rank that is
     whole does not look at the next value, which may be infinite.
 
-    torch.quantile forms ``q * (n - 1)`` in the dtype of its input, so in float32 both q and the product are rounded
-    to float32 (the double product of two 24-bit significands is exact, so rounding it once is the same).
+    The double product of two 24-bit significands is exact, so that rounding it is what float32 arithmetic gives.
     """
-    if dtype == torch.float64 or n > TORCH_QUANTILE_MAX:
-        position = q * (n - 1)
-    else:
-        position = ctypes.c_float(ctypes.c_float(q).value * (n - 1)).value
+    if dtype == torch.float32:
+        q = ctypes.c_float(q).value
+    position = q * (n - 1)
+    if _is_rounded(n, dtype):
+        position = ctypes.c_float(position).value
     below = min(math.floor(position), n - 1)
     return below, position - below
+
+
+def _is_rounded(n: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and n <= ROUNDED_UP_TO
 
 
 def edge_count(m: int, n: int, exclude_self: bool) -> int:
@@ -57,12 +62,12 @@ def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.T
 
 def ranks(q: float | torch.Tensor, n: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`rank` as tensors ``(below int64, weight)`` on the device of ``x``; ``q`` may itself be a tensor."""
-    if n > TORCH_QUANTILE_MAX and not isinstance(q, torch.Tensor):  # on the host: not every device has float64
-        whole, rest = rank(q, n, torch.float64)
+    rounded = _is_rounded(n, x.dtype)
+    if not (rounded or isinstance(q, torch.Tensor) or torch.compiler.is_compiling()):
+        whole, rest = rank(q, n, x.dtype)  # on the host: not every device has float64
         return x.new_full((), whole, dtype=torch.int64), x.new_full((), rest)
-    dtype = torch.float64 if n > TORCH_QUANTILE_MAX else x.dtype
-    q = q.detach().to(dtype) if isinstance(q, torch.Tensor) else torch.full((), q, dtype=dtype, device=x.device)
-    position = q * (n - 1)
+    q = q.detach().to(x.dtype) if isinstance(q, torch.Tensor) else torch.full((), q, dtype=x.dtype, device=x.device)
+    position = (q if rounded else q.double()) * (n - 1)
     # A q outside [0, 1] is only known on the device: NaN, not an index out of bounds.
     position = torch.where((position >= 0) & (position <= n - 1), position, torch.nan)
     below = position.nan_to_num(0.0).floor().long()
