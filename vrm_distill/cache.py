@@ -27,7 +27,7 @@ from vrm_distill.trainer import Place
 from vrm_kernels.data import both_views
 
 DESCRIPTION = "cache.json"
-# Marks a checksum as one of logits that are there; zlib's have 32 bits.
+# This bit of a checksum says that the logits are there; zlib's checksums have 32 bits.
 _THERE = 1 << 32
 
 
@@ -135,7 +135,8 @@ def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> numpy.memmap:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
-                # A link and no renaming: of two runs that make the file at once, both get the first one's.
+                # A link fails if the file exists, where renaming would replace it: two runs that start at once both
+                # use the file of the faster one.
                 with contextlib.suppress(FileExistsError):
                     os.link(file.name, path)
             except OSError as error:

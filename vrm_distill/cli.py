@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from vrm_distill.data import HOW_TO_INSTALL
 from vrm_distill.failures import Refused, explain, printable
 
-# The sub-commands, each ``vrm_distill.commands.NAME.main(argv)``; without one of them it is the first.
+# The sub-commands, each ``vrm_distill.commands.NAME.main(argv)``. A command line that names none means the first.
 COMMANDS = ("train", "eval", "export", "cache")
 # The modules of the extra "distill", and what pip calls them.
 _EXTRA = {

@@ -154,7 +154,7 @@ def cross_entropy_loss(
     terms = {
         # Several virtual views have the same labels, one after the other.
         name: F.cross_entropy(x.float(), torch.cat([labels] * (len(x) // len(labels))), label_smoothing=label_smoothing)
-        # Of one view, zip leaves out ce_virtual.
+        # zip leaves out ce_virtual where there is one view.
         for name, x in zip(("ce_real", "ce_virtual"), logits, strict=False)
     }
     return sum(terms.values()), {name: x.detach() for name, x in terms.items()}

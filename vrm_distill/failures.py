@@ -9,7 +9,7 @@ import torch
 
 ERROR = "error.txt"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# What the loader of another process raised comes as a text that ends with its own traceback.
+# A loader in another process passes its error on as a text that ends with the error's own traceback.
 _IN_A_WORKER = re.compile(r"^Caught \w+ in DataLoader worker process.*^[\w.]+: ", re.DOTALL | re.MULTILINE)
 
 
@@ -32,7 +32,7 @@ def explain(error: BaseException, folder: Path | None = None) -> str:
         return "a parameter of the network gets no gradient in some process: add --find-unused-parameters"
     if "DataLoader worker" in text and "exited unexpectedly" in text:
         return f"{_first(text)}: most often it ran out of memory; --workers 0 reads images without such processes"
-    # What this package raises is a sentence already; of anything else its kind and its place belong to it.
+    # This package's own errors are whole sentences; other errors need their type and their place.
     if isinstance(error, (OSError, ValueError)) or type(error).__module__.startswith("vrm_"):
         return text
     return f"{type(error).__name__}: {_first(text)} ({_place(error)})"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Under which key files hold a state dict, by falling preference: a running mean of the weights before the weights.
+# The keys under which files hold a state dict, the best first: a running mean of the weights comes before the weights.
 _KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net", "network")
-# What compiling and data parallelism put before names, at the front or within.
+# Compiling and data parallelism put these before names, at the front or within.
 _WRAPPERS = ("module", "_orig_mod")
 _SHOWN = 5
 

@@ -83,7 +83,7 @@ def start_trackers(accelerator: Accelerator, settings: Settings) -> list:
     records is for their own environment variables to say.
     """
     folder = settings.output_dir
-    # What trackers take for a setting are numbers and text.
+    # Trackers accept only numbers and text as settings.
     config = {
         name: value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in settings.plain().items()

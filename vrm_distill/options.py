@@ -21,7 +21,7 @@ def presets() -> list[str]:
     return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
 
 
-# No number of an option may overflow where it is used: in float32, and in 32 bits.
+# Options are used in float32 and in 32 bits: no number may overflow there.
 _LARGEST = torch.finfo(torch.float32).max
 _LARGEST_INTEGER = 2**31 - 1
 
@@ -275,7 +275,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add(
         "--threads",
         "CPU threads: raise it for large networks on a CPU; those as small as the default's gain from no more",
-        # So many more threads than CPUs only wait for each other, and far more of them end the process.
+        # More threads than CPUs only wait for each other, and thousands of them end the process.
         type=integer(1, 4 * (os.cpu_count() or 1)),
         metavar="N",
     )

@@ -1,5 +1,6 @@
 """The whole run: a teacher, then for every seed the same student alone and distilled, resumable at any moment."""
 
+import gc
 import json
 import os
 import time
@@ -40,9 +41,9 @@ CONFIG = "config.yaml"
 STATE = "resume.pt"
 STUDENT_CHECKPOINT = "student.safetensors"
 TEACHER_CHECKPOINT = "teacher.safetensors"
-# Of what STATE holds: a checkpoint of another number is not gone on with.
+# The version of what STATE holds. A run does not resume from a checkpoint of another version.
 FORMAT = 2
-# A run also saves its state at the end of an epoch, if it has not for so many seconds.
+# A run also saves its state at the end of an epoch if the last save is older than this.
 SAVE_SECONDS = 20.0
 OUTPUTS = (LOG, CURVES, RELATIONS, SUMMARY, REPORT, CONFIG, STATE, STUDENT_CHECKPOINT, TEACHER_CHECKPOINT)
 OUTPUTS += (failures.ERROR,)
@@ -102,7 +103,13 @@ def run(
         Diverged: a loss became NaN or infinite; what was written so far stays.
         OSError: a file could not be written; likewise.
     """
-    return _Run(settings, data, console, accelerator, teacher, resume or {}).run()
+    # The end of each model's training collects garbage, and need not look at all that was imported.
+    gc.collect()
+    gc.freeze()
+    try:
+        return _Run(settings, data, console, accelerator, teacher, resume or {}).run()
+    finally:
+        gc.unfreeze()
 
 
 def read_state(settings: Settings, data: ImageData, teacher: nn.Module | None) -> dict[str, Any] | None:
@@ -309,7 +316,7 @@ class _Run:
             self.teacher = model
             self._tell_teacher(last)
             self._save(TEACHER_CHECKPOINT, self.settings.teacher, model, last)
-        # Which seed's student to save is chosen by the validation images: the test images only judge.
+        # The validation images choose the seed whose student is saved; the test images only judge.
         elif method == DISTILLED and (
             self.best is None or last["validation_accuracy"] > self.best["validation_accuracy"]
         ):
@@ -418,7 +425,7 @@ class _Run:
     def _result(self) -> Result:
         settings, device = self.settings, self.accelerator.device
         student = self._reload(settings.student, STUDENT_CHECKPOINT)
-        # Of this process alone: the others have finished.
+        # Only this process computes the report: the others have finished.
         loss_fn = make_loss(settings)
         loss_fn.gather_distributed = False
         seed = self.best["seed"]

@@ -26,7 +26,7 @@ from vrm_kernels.backends import contract, reference
 from vrm_kernels.data import both_views
 from vrm_kernels.graph.constants import RELATION_EPS
 
-# How many images and classes are shown, and among how many held-out images they are looked for.
+# The picture shows this many images and classes, found among this many held-out images.
 IMAGES, CLASSES, CANDIDATES = 48, 16, 256
 # The edges of more classes than this are ranked among the classes shown: the entropies of all would not fit.
 RANKED = 4096

@@ -27,7 +27,7 @@ STYLES = {
 def write(settings: Settings, data: ImageData, result: Result) -> None:
     """The curves, the relations, the summary and the page, into the run's folder."""
     folder = settings.output_dir
-    # A "$" in a name from outside is no formula.
+    # matplotlib would read a "$" in a name as the start of a formula.
     with matplotlib.rc_context({"text.parse_math": False}):
         plot_curves(folder / recipe.CURVES, settings, result)
         if result.relations is not None:
@@ -108,7 +108,7 @@ def sentences(settings: Settings, result: Result) -> list[str]:
         )
     if time is None:
         return said
-    # The timing is the first process's own, of the whole batch, after the training.
+    # The first process timed these steps by itself, with the whole batch, after the training.
     one = " in one process, without what processes send each other" if result.processes > 1 else ""
     eager = ""
     if time.eager_loss is not None:
@@ -132,7 +132,7 @@ def write_summary(path: Path, settings: Settings, result: Result) -> None:
         paper.print(table(settings, result))
         for warning in result.warnings:
             paper.print(f"\nWarning: {warning}.")
-        # A setting that was left alone and means nothing here is no news.
+        # Leave out settings that are off by default and were not changed.
         told = {name: value for name, value in settings.plain().items() if name != "output_dir"}
         default = Settings().plain()
         made_by = ", ".join(f"{n} {v}" for n, v in told.items() if v not in (None, False, []) or v != default[n])

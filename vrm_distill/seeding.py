@@ -16,7 +16,7 @@ def seed_everything(device: torch.device, *numbers: int) -> None:
     seed = derived_seed(*numbers)
     random.seed(seed)
     numpy.random.seed(seed)
-    # Not torch.manual_seed: without a GPU it notes a stack trace for each, which takes longer than a small step.
+    # torch.manual_seed would record a stack trace for every absent GPU, which takes longer than a small step.
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)

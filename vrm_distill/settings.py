@@ -20,8 +20,8 @@ SCHEDULES = ("cosine", "step", "constant")
 PRECISIONS = ("no", "bf16", "fp16")
 CACHE_DTYPES = ("float32", "float16")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-# Settings that leave every number of a run as it is: a resumed run may have others. Of the teacher's file it is the
-# weights that count, not where they lie.
+# A resumed run may change these settings, since no number of a run depends on them. The teacher's weights have a
+# fingerprint of their own, so the path of its file does not matter.
 INCIDENTAL = (
     "teacher_checkpoint",
     "teacher_cache",

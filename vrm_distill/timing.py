@@ -15,7 +15,7 @@ from vrm_distill.settings import Settings
 from vrm_kernels.data import both_views
 from vrm_kernels.loss import VRMLoss
 
-# The eager class stores a dozen tensors of so many numbers, 32 MiB each: more is not spent on a line of the report.
+# The eager class stores a dozen tensors of so many numbers, 32 MiB each. Larger ones are not tried for the report.
 _EAGER_ELEMENTS = 2**23
 
 

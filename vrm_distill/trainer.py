@@ -17,9 +17,9 @@ from vrm_distill.engine import Means
 from vrm_distill.seeding import seed_everything
 from vrm_distill.settings import Settings
 
-# The loss is looked at this often, in steps: reading it makes the host wait for the device.
+# Every so many steps the loss is checked for NaN. Reading it makes the host wait for the device.
 _LOOK = 50
-# So many steps of a training are shown to its watcher, which makes the host wait, too.
+# The watcher sees the first steps of a training, this many: that makes the host wait, too.
 _WATCHED = 3
 _NEVER = 2**62
 
@@ -111,7 +111,7 @@ class Trainer:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema), use_buffers=True)
         optimizer = make_optimizer(model, settings, lr)
         self.schedule = _schedule(optimizer, settings, epochs)
-        # What is prepared may be wrapped, for several processes or by a compiler; the network itself stays the same.
+        # accelerate may wrap the model for several processes or for a compiler; the network itself stays the same.
         self.bare = model
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.at, self.means, self.gradients = Position(), Means(), Means()
@@ -192,7 +192,7 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.at = Position(state["epoch"], state["step"], state["seconds"])
-        # The sums of all processes are the first one's from here on, as they are after _share_means.
+        # The checkpoint holds the sums of all processes: the first process takes them, as after _share_means.
         main, device = self.accelerator.is_main_process, self.accelerator.device
         self.means = Means.of(state["means"], device, empty=not main)
         self.gradients = Means.of(state["gradients"], device)
@@ -257,7 +257,7 @@ class Trainer:
             torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
         first = first.tolist()
         if min(first) < _NEVER:
-            # Every term that was bad at that step; the total is named only where no term is to blame.
+            # Name every term that was not finite at that step, and the total only if all terms were finite.
             terms = [name for name, step in zip(self.means.names, first, strict=True) if step == min(first)]
             blamed = [name for name in terms if name != "loss"] or ["loss"]
             raise NonFiniteLoss(blamed, self.at.epoch + 1, min(first) + 1)

@@ -9,11 +9,11 @@ from torch import nn
 from vrm_distill.data import ImageData
 from vrm_distill.settings import Settings
 
-# Relations of so many times the cross-entropies lead the training alone, and gradients of this norm end it.
+# Above this multiple of the cross-entropies the relations alone lead the training; gradients of this norm end it.
 _RELATIONS, _GRADIENTS = 100.0, 1e6
-# Logits that vary less than this over images are as good as equal: a relation's gradient grows as its inverse.
+# Logits that vary less than this over images count as equal: a relation's gradient grows with the inverse.
 _EQUAL = 1e-3
-# A teacher within so many standard errors of chance has learned nothing that can be seen.
+# A teacher is near chance if its accuracy is within so many standard errors of it.
 _ERRORS = 3.0
 _IMAGES = 64
 

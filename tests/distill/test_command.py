@@ -5,12 +5,11 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from distill_helpers import QUICK, comparable, read_log
+from distill_helpers import COMMAND, QUICK, comparable, read_log, train
 
 from vrm_distill import load_checkpoint, validate
 from vrm_distill.cli import main
@@ -65,6 +64,7 @@ def test_log_is_tidy_and_complete(finished):
             total = float(row["ce_real"]) + float(row["ce_virtual"])
             total += 2 * float(row["inter_sample"]) + float(row["inter_class"])
             assert float(row["train_loss"]) == pytest.approx(total, rel=1e-4)
+            assert 0 < float(row["loss_share"]) <= 1
 
 
 def test_every_model_learns(finished):
@@ -108,11 +108,11 @@ def test_same_seed_same_results_and_no_relations_no_difference(finished, tmp_pat
     """A second run repeats the first; at alpha = beta = 0 distilling is training alone on both views, to rounding."""
     folder, _ = finished
     again = [*QUICK, "--seeds", "1", "--output-dir"]
-    assert main([*again, str(tmp_path / "same")]) == 0
+    assert train(*again, tmp_path / "same") == 0
     first = [row for row in comparable(read_log(folder)) if row["seed"] == "5"]
     assert comparable(read_log(tmp_path / "same")) == first
 
-    assert main([*again, str(tmp_path / "zero"), "--alpha", "0", "--beta", "0", "--epochs", "2"]) == 0
+    assert train(*again, tmp_path / "zero", "--alpha=0", "--beta=0", "--epochs=2") == 0
     losses = {
         method: [float(r["train_loss"]) for r in read_log(tmp_path / "zero") if r["method"] == method]
         for method in ("alone_both", "distilled")
@@ -122,15 +122,13 @@ def test_same_seed_same_results_and_no_relations_no_difference(finished, tmp_pat
 
 def test_ctrl_c_leaves_the_finished_epochs(tmp_path):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "vrm_distill.cli", "--epochs", "100000", "--output-dir", str(folder)]
-    process = subprocess.Popen(
-        [*command, "--teacher-epochs", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [*COMMAND, *QUICK, "--epochs=100000", "--teacher-epochs=1", f"--output-dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
         while not (folder / "log.csv").exists() or len(read_log(folder)) < 3:
             assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=300)
     finally:

@@ -6,10 +6,9 @@ import struct
 import numpy
 import pytest
 import torch
-from distill_helpers import QUICK
+from distill_helpers import QUICK, train
 from PIL import Image
 
-from vrm_distill.cli import main
 from vrm_distill.data import AUGMENTATIONS, Views, mixup, open_dataset, plain_loader
 from vrm_distill.seeding import seed_everything
 
@@ -119,7 +118,7 @@ def test_folder_of_images_is_split_and_distilled(tmp_path):
     labels = data.test[torch.arange(24)][1]
     assert bright[0] < 100 < bright[1] and labels.tolist() == [0] * 12 + [1] * 12
     arguments = [*QUICK[2:], f"--dataset=folder:{tmp_path / 'images'}", "--batch-size=8", "--seeds=1"]
-    assert main([*arguments, "--output-dir", str(tmp_path / "run")]) == 0
+    assert train(*arguments, "--output-dir", tmp_path / "run") == 0
 
 
 def test_broken_images_are_reported_file_by_file(tmp_path):

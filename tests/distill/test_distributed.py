@@ -1,27 +1,24 @@
-"""``vrm-distill`` under torchrun, on gloo: one run of the global batch, and the same student after a killed worker."""
+"""``vrm-distill`` under torchrun, on gloo: one run of the global batch, one teacher cache, and the same student after a
+killed worker."""
 
-import os
-import signal
+import json
 import sys
-import time
 
+import numpy
 import pytest
 import torch
-from distill_helpers import QUICK, comparable, finish, read_log, same_weights, start
+from distill_helpers import QUICK, comparable, finish, read_log, same_weights, start, train
 from safetensors.torch import load_file
 
-from vrm_distill.cli import main
 from vrm_distill.data import ShardedBatches
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 MODULE = ["-m", "vrm_distill.cli"]
-# No batch norm, whose statistics are of each process's own share.
-PLAIN = [
-    "--teacher=distill_helpers:without_batch_norm",
-    "--student=distill_helpers:without_batch_norm",
-    "--augment=none",
-]
-FEW = [*QUICK, "--baselines=alone_both", "--seeds=1"]
+# Two processes compute what one does: no batch norm, whose statistics are of each one's share; no augmentation, which
+# each draws for its own; relations of the whole batch, and of all edges, since rounding decides which are kept.
+RUN = [*QUICK, "--teacher=distill_helpers:without_batch_norm", "--student=distill_helpers:mortal", "--baselines=none"]
+RUN += ["--augment=none", "--gather-distributed", "--percentile=100", "--find-unused-parameters", "--optimizer=sgd"]
+RUN += ["--seeds=1", "--checkpoint-steps=1"]
 
 
 def test_shares_of_the_processes_are_the_batch_of_one():
@@ -49,61 +46,71 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused():
         ShardedBatches(100, 200, 0)
 
 
-def test_two_processes_train_the_student_of_one(tmp_path):
-    """Sums over two processes and over two micro-batches are the sums over the batch: the same weights, to rounding."""
-    # Cross-entropy alone: relations of two shares are not those of their union, which --gather-distributed is for.
-    arguments = [*FEW, *PLAIN, "--alpha=0", "--beta=0", "--optimizer=sgd", "--output-dir"]
-    assert main([*arguments, str(tmp_path / "one")]) == 0
-    output = finish(start(*MODULE, *arguments, tmp_path / "two", launcher=TORCHRUN))
-    assert output.count("teacher: ") == 1 and output.count("128 images to train") == 1  # one log on the screen,
-    assert len(read_log(tmp_path / "two")) == len(read_log(tmp_path / "one"))  # and one in the folder
-    summary = (tmp_path / "two" / "summary.md").read_text()
-    assert "ms in one process, without what processes send each other," in summary and ", 2 processes." in summary
-    assert "in one process" not in (tmp_path / "one" / "summary.md").read_text()
-    assert main([*arguments, str(tmp_path / "parts"), "--accumulate=2"]) == 0
-    expected = load_file(tmp_path / "one" / "student.safetensors")
-    for other in ("two", "parts"):
-        found = load_file(tmp_path / other / "student.safetensors")
-        for name, x in expected.items():
-            torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-6)
-    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of two processes, which fill one teacher cache."""
+    folder = tmp_path_factory.mktemp("distributed")
+    output = finish(
+        start(*MODULE, *RUN, f"--teacher-cache={folder / 'cache'}", "--output-dir", folder / "two", launcher=TORCHRUN)
+    )
+    assert output.count("teacher: ") == 1 and output.count("128 images to train") == 1  # one log on the screen
+    return folder
+
+
+def _assert_close(folder, other):
+    """Equal to rounding, which sums over shares have of their own."""
+    expected, found = (load_file(run / "student.safetensors") for run in (folder, other))
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-4, atol=1e-5)
+    for a, b in zip(read_log(folder), read_log(other), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-4)
         assert a["test_accuracy"] == b["test_accuracy"]  # judged in shares, counted together
 
 
-def test_killed_worker_restarts_from_the_checkpoint_and_ends_in_the_same_student(tmp_path):
-    arguments = [*MODULE, *FEW, "--epochs=12", "--checkpoint-steps=1"]
-    finish(start(*arguments, "--output-dir", tmp_path / "undisturbed", launcher=TORCHRUN))
-    folder = tmp_path / "killed"
-    process = start(*arguments, "--output-dir", folder, launcher=[*TORCHRUN, "--max-restarts=1"])
-    try:
-        deadline = time.monotonic() + 60
-        while not (folder / "log.csv").exists() or len(read_log(folder)) < 5:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        os.kill(max(_children(process.pid)), signal.SIGKILL)
-        output = finish(process)
-    finally:
-        process.kill()
+def test_two_processes_train_the_student_of_one(two, tmp_path):
+    """Gradients of two shares add up to those of the batch, and the relations are those of the whole batch."""
+    assert train(*RUN, "--output-dir", tmp_path / "one") == 0
+    _assert_close(tmp_path / "one", two / "two")
+    summary = (two / "two" / "summary.md").read_text()
+    assert "ms in one process, without what processes send each other," in summary and ", 2 processes." in summary
+
+
+def test_micro_batches_train_the_student_of_one_batch(tmp_path):
+    # Cross-entropy alone: relations are those within a part.
+    arguments = [*RUN, "--alpha=0", "--beta=0", "--output-dir"]
+    assert train(*arguments, tmp_path / "one") == 0 and train(*arguments, tmp_path / "parts", "--accumulate=2") == 0
+    _assert_close(tmp_path / "one", tmp_path / "parts")
+
+
+def test_processes_share_a_teacher_cache(two, tmp_path, capsys):
+    """Every place of it was filled, half of them by either; another number of processes is refused by name."""
+    shape = json.loads((two / "cache" / "cache.json").read_text())["shape"]
+    assert shape == [4, 4, 2, 2 * 16, 10]  # epochs, steps, processes, two views of a share, classes
+    checksums = numpy.fromfile(two / "cache" / "checksums-5.bin", "uint64")
+    assert len(checksums) == 4 * 4 * 2 and len(set(checksums)) == len(checksums)
+    taught = ["--teacher-checkpoint", two / "two" / "teacher.safetensors", f"--teacher-cache={two / 'cache'}"]
+    with pytest.raises(SystemExit):
+        train(*RUN, *taught, "--output-dir", tmp_path / "run")
+    assert "the number of processes is 1 and was 2" in capsys.readouterr().err
+
+
+def test_killed_worker_restarts_from_the_checkpoint_and_ends_in_the_same_student(two, monkeypatch, capsys):
+    """torchrun starts both again: the same bits. One process that goes on alone: the same to rounding, and told."""
+    folder = two / "killed"
+    monkeypatch.setenv("MORTAL_RUN", str(folder))
+    arguments = [*MODULE, *RUN, f"--teacher-cache={two / 'cache'}", "--output-dir", folder]
+    output = finish(start(*arguments, launcher=[*TORCHRUN, "--max-restarts=1"]))
     assert "exitcode: -9" in output  # torchrun did see a worker die
     for name in ("teacher.safetensors", "student.safetensors"):
-        assert same_weights(folder / name, tmp_path / "undisturbed" / name)
-    assert comparable(read_log(folder)) == comparable(read_log(tmp_path / "undisturbed"))
+        assert same_weights(folder / name, two / "two" / name)
+    assert comparable(read_log(folder)) == comparable(read_log(two / "two"))
 
-
-def _children(parent):
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat") as file:
-                    fields = file.read().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(fields[1]) == parent:
-                found.append(int(entry))
-    assert found
-    return found
+    alone = two / "killed-then"
+    assert train(*RUN, "--resume", "--output-dir", alone) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "resuming with 1 process what 2 began: the order of the images stays" in said
+    assert "resuming distilled, seed 5 at epoch 2, after 1 of its 4 steps" in said
+    _assert_close(two / "two", alone)
 
 
 def test_gather_distributed_reaches_the_loss(tmp_path, monkeypatch):
@@ -117,17 +124,16 @@ def test_gather_distributed_reaches_the_loss(tmp_path, monkeypatch):
     assert recipe.make_loss(settings_of(options)).gather_distributed is False
 
 
-def test_under_torchrun_the_folder_must_be_named():
-    process = start(*MODULE, *FEW, launcher=TORCHRUN)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0 and "argument --output-dir: name it under torchrun" in output
+def test_under_torchrun_the_folder_must_be_named(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit):
+        train(*QUICK)
+    assert "argument --output-dir: name it under torchrun" in capsys.readouterr().err
 
 
 def test_parameter_without_a_gradient_names_the_option(tmp_path):
-    arguments = [*MODULE, *QUICK, "--baselines=none", "--seeds=1", "--epochs=1", "--teacher-epochs=1"]
-    arguments += ["--student=distill_helpers:idle_parameter", "--output-dir"]
-    process = start(*arguments, tmp_path / "refused", launcher=TORCHRUN)
+    arguments = [*MODULE, *QUICK, "--baselines=none", "--epochs=1", "--teacher-epochs=1"]
+    arguments += ["--student=distill_helpers:idle_parameter", "--output-dir", tmp_path / "refused"]
+    process = start(*arguments, launcher=TORCHRUN)
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0 and "add --find-unused-parameters" in output
-    said = finish(start(*arguments, tmp_path / "run", "--find-unused-parameters", launcher=TORCHRUN), timeout=300)
-    assert "warning: relations are those of each of 2 processes' own share" in said

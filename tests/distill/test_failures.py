@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from distill_helpers import QUICK, read_log
+from distill_helpers import QUICK, read_log, train
 from PIL import Image
 from torch import nn
 
@@ -109,7 +109,7 @@ def test_factory_in_the_folder_where_the_command_was_started(tmp_path, monkeypat
     (tmp_path / "own_fault.py").write_text("def make(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    assert main([*TINY, "--student=own_networks:make", "--output-dir=run"]) == 0
+    assert train(*TINY, "--student=own_networks:make", "--output-dir=run") == 0
     said = _refusal(capsys, "--student=own_fault:make")
     assert "argument --student: cannot import 'own_fault:make': SyntaxError" in said
 
@@ -194,7 +194,7 @@ def test_teachers_own_network_needs_no_naming(tmp_path, capsys):
     names = {"model": "conv_8_16_16", "in_channels": 1, "classes": 10}
     checkpoint.save_checkpoint(path, create_model("conv_8_16_16", 1, 10), names)
     quick = [x for x in TINY if not x.startswith("--teacher=")]
-    assert main([*quick, f"--teacher-checkpoint={path}", "--output-dir", str(tmp_path / "run")]) == 0
+    assert train(*quick, f"--teacher-checkpoint={path}", "--output-dir", tmp_path / "run") == 0
     assert "teacher: conv_8_16_16" in (tmp_path / "run" / "config.yaml").read_text()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from distill_helpers import QUICK, read_log
+from distill_helpers import QUICK, SHORT, read_log, train
 
 from vrm_distill import cli
 from vrm_distill.data import Views, mixup, open_dataset
@@ -84,7 +84,7 @@ def test_mixup_mixes_every_virtual_view_with_the_same_partners():
 
 def test_a_run_with_all_of_them(tmp_path):
     options = ["--virtual-views=2", "--kd-weight=1", "--normalize=zscore", "--mixup=0.2", "--seeds=1"]
-    assert cli.main([*QUICK, *options, "--output-dir", str(tmp_path / "run")]) == 0
+    assert train(*QUICK, *SHORT, *options, "--output-dir", tmp_path / "run") == 0
     rows = read_log(tmp_path / "run")
     distilled = [row for row in rows if row["method"] == "distilled"]
     assert distilled and all(float(row["kd"]) > 0 for row in distilled)

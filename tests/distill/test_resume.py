@@ -9,23 +9,23 @@ import time
 
 import pytest
 import torch
-from distill_helpers import QUICK, comparable, finish, read_log, same_weights, start
+from distill_helpers import QUICK, SHORT, comparable, finish, read_log, same_weights, start, train
 
 from vrm_distill import checkpoint, recipe
 from vrm_distill.cli import main
 
 # Everything that has a state of its own: momentum, a schedule, a running mean, micro-batches, mixed images. Gradients
 # are clipped in most steps.
-RUN = [*QUICK, "--baselines=alone_both", "--optimizer=sgd", "--schedule=step", "--milestones=2", "--ema=0.9"]
+RUN = [*QUICK, *SHORT, "--baselines=alone_both", "--optimizer=sgd", "--schedule=step", "--milestones=1", "--ema=0.9"]
 RUN += ["--accumulate=2", "--mixup=0.2", "--label-smoothing=0.1", "--relation-warmup=2", "--checkpoint-steps=1"]
 RUN += ["--clip-grad=0.05"]
-KILLS = 10
+KILLS = 3
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume") / "undisturbed"
-    finish(start(*RUN, "--output-dir", folder))
+    assert train(*RUN, "--output-dir", folder) == 0
     assert all(0 < float(row["clipped"]) <= 1 for row in read_log(folder) if row["method"] == "distilled")
     return folder
 
@@ -38,7 +38,7 @@ def _assert_same(folder, undisturbed):
 
 
 def test_killed_at_random_and_resumed_ends_in_the_same_bits(undisturbed, tmp_path):
-    """kill -9 ten times, each time a random while after the last checkpoint; then to the end, with a teacher cache."""
+    """kill -9, each time a random while after the last checkpoint; then to the end, with a teacher cache."""
     folder, draw, killed = tmp_path / "run", random.Random(0), 0
     run = [*RUN, f"--teacher-cache={tmp_path / 'cache'}", "--resume", "--output-dir", folder]
     while killed < KILLS:
@@ -49,7 +49,7 @@ def test_killed_at_random_and_resumed_ends_in_the_same_bits(undisturbed, tmp_pat
             while _checkpoint_time(folder) == seen and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.1))
-            assert process.poll() is None, "the run ended before it could be killed ten times: make it longer"
+            assert process.poll() is None, "the run ended before it could be killed: make it longer"
         finally:
             process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -69,7 +69,9 @@ def _checkpoint_time(folder):
 
 def test_stopped_after_each_of_some_checkpoints(undisturbed, tmp_path, monkeypatch):
     """Every kind of place: within an epoch, at its end, between models, and before the last row was logged."""
-    for stop, workers in ((4, 0), (10, 2), (12, 0), (13, 0), (29, 1)):  # 10 is within an epoch
+    # A model has 8 checkpoints for its steps and one more: 3 is within an epoch, 8 at the end of a model's last one, 9
+    # between models, 30 in the second seed.
+    for stop, workers in ((3, 0), (6, 2), (8, 0), (9, 0), (30, 1)):
         folder, calls = tmp_path / str(stop), 0
         save = checkpoint.save_state
 
@@ -82,9 +84,9 @@ def test_stopped_after_each_of_some_checkpoints(undisturbed, tmp_path, monkeypat
 
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "save_state", stopping)
-            assert main([*RUN, f"--workers={workers}", "--output-dir", str(folder)]) == 130
+            assert train(*RUN, f"--workers={workers}", "--output-dir", str(folder)) == 130
         torch.rand(stop)  # the resumed process's generators are anywhere
-        assert main([*RUN, "--resume", f"--workers={workers}", "--output-dir", str(folder)]) == 0
+        assert train(*RUN, "--resume", f"--workers={workers}", "--output-dir", str(folder)) == 0
         _assert_same(folder, undisturbed)
 
 
@@ -99,21 +101,21 @@ def test_run_of_few_steps_is_saved_between_epochs(undisturbed, tmp_path, monkeyp
         nonlocal calls
         save(path, state)
         calls += 1
-        if calls in (2, 5):  # after an epoch of the teacher, and of the first student
+        if calls in (1, 3):  # after an epoch of the teacher, and of the first student
             raise KeyboardInterrupt
 
     assert _stopped_at_once(arguments, monkeypatch) == 130 and not (folder / "resume.pt").exists()
     assert "nothing was saved yet that --resume could go on from" in capsys.readouterr().err
     monkeypatch.setattr(checkpoint, "save_state", stopping)
-    assert main([*arguments, "--resume"]) == 130
+    assert train(*arguments, "--resume") == 130
     said = capsys.readouterr()
     assert f"nothing to resume in {folder}: starting" in said.out
     assert f"stopped; --resume goes on from {folder / 'resume.pt'}" in said.err
-    assert main([*arguments, "--resume"]) == 130
-    assert "resuming teacher, seed 5 at epoch 3\n" in capsys.readouterr().out
-    assert main([*arguments, "--resume"]) == 0
-    assert "resuming alone_both, seed 5 at epoch 3\n" in capsys.readouterr().out
-    assert calls > 10
+    assert train(*arguments, "--resume") == 130
+    assert "resuming teacher, seed 5 at epoch 2\n" in capsys.readouterr().out
+    assert train(*arguments, "--resume") == 0
+    assert "resuming alone_both, seed 5 at epoch 2\n" in capsys.readouterr().out
+    assert calls == 10
     _assert_same(folder, undisturbed)
 
 
@@ -123,7 +125,7 @@ def _stopped_at_once(arguments, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(recipe.Trainer, "epoch", stop)
-        return main(arguments)
+        return train(*arguments)
 
 
 def test_resuming_a_finished_run_changes_nothing_and_other_settings_are_refused(undisturbed, tmp_path, capsys):
@@ -132,7 +134,7 @@ def test_resuming_a_finished_run_changes_nothing_and_other_settings_are_refused(
         main([*RUN, "--alpha=3", "--resume", "--output-dir", str(undisturbed)])
     errors = capsys.readouterr().err
     assert "--alpha is 3.0 and was 2.0" in errors and "--beta" not in errors.split("argument --resume")[1]
-    assert main([*RUN, "--resume", "--checkpoint-steps=9", "--output-dir", str(undisturbed)]) == 0
+    assert train(*RUN, "--resume", "--checkpoint-steps=9", "--output-dir", str(undisturbed)) == 0
     assert (undisturbed / "student.safetensors").read_bytes() == before
 
 
@@ -142,16 +144,16 @@ def test_full_disk_keeps_the_last_checkpoint(undisturbed, tmp_path, monkeypatch,
     def full(descriptor):
         nonlocal calls
         calls += 1
-        if calls > 20:
+        if calls > 30:
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        assert main([*RUN, "--output-dir", str(folder)]) == 1
+        assert train(*RUN, "--output-dir", str(folder)) == 1
     assert f"no space is left on the disk of {folder}" in capsys.readouterr().err
     assert checkpoint.load_state(folder / "resume.pt")["trainer"] is not None
-    assert main([*RUN, "--resume", "--output-dir", str(folder)]) == 0
+    assert train(*RUN, "--resume", "--output-dir", str(folder)) == 0
     _assert_same(folder, undisturbed)
 
 
@@ -202,7 +204,7 @@ def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path, capsys):
     """Weights blow up at a known step: the run names it, and what was saved before is finite and can be resumed."""
     folder = tmp_path / "run"
     arguments = [*QUICK, "--baselines=none", "--checkpoint-steps=1", "--output-dir", str(folder)]
-    assert main([*arguments, "--lr=1e30"]) == 1
+    assert train(*arguments, "--lr=1e30") == 1
     errors = capsys.readouterr().err
     assert "became NaN or infinite at step" in errors and "of epoch 1 (distilled, seed 5)" in errors
     assert "ce_real" in errors and "inter_sample" in errors and "try a smaller --lr than 1e+30" in errors
@@ -212,7 +214,7 @@ def test_divergence_names_step_term_and_last_good_checkpoint(tmp_path, capsys):
     assert all(x.isfinite().all() for x in model.values())
 
 
-SHORT = [*QUICK, "--baselines=none", "--seeds=1", "--epochs=2", "--teacher-epochs=1", "--checkpoint-steps=1"]
+ONE = [*QUICK, *SHORT, "--baselines=none", "--seeds=1", "--checkpoint-steps=1"]
 
 
 def _stopped_at_a_checkpoint(monkeypatch, arguments):
@@ -225,7 +227,7 @@ def _stopped_at_a_checkpoint(monkeypatch, arguments):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_state", stopping)
-        assert main(arguments) == 130
+        assert train(*arguments) == 130
 
 
 def _refusal(capsys, arguments):
@@ -256,7 +258,7 @@ def test_other_images_or_another_teacher_are_refused_by_name(tmp_path, monkeypat
 
     add(0, 50)
     write_teacher(0, teacher)
-    arguments = [x for x in SHORT if not x.startswith(("--train-images", "--batch-size"))]
+    arguments = [x for x in ONE if not x.startswith(("--train-images", "--batch-size"))]
     arguments += [f"--dataset=folder:{photos}", "--batch-size=8", f"--output-dir={tmp_path / 'run'}"]
     taught = [*arguments, f"--teacher-checkpoint={teacher}"]
     _stopped_at_a_checkpoint(monkeypatch, taught)
@@ -272,15 +274,15 @@ def test_other_images_or_another_teacher_are_refused_by_name(tmp_path, monkeypat
     # The same weights elsewhere are the same teacher.
     teacher.unlink()
     write_teacher(0, tmp_path / "moved.pth")
-    assert main([*arguments, f"--teacher-checkpoint={tmp_path / 'moved.pth'}", "--resume"]) == 0
+    assert train(*arguments, f"--teacher-checkpoint={tmp_path / 'moved.pth'}", "--resume") == 0
 
 
 def test_another_number_of_processes_is_told(tmp_path, monkeypatch, capsys):
-    arguments = [*SHORT, f"--output-dir={tmp_path / 'run'}"]
+    arguments = [*ONE, f"--output-dir={tmp_path / 'run'}"]
     _stopped_at_a_checkpoint(monkeypatch, arguments)
     state = checkpoint.load_state(tmp_path / "run" / "resume.pt")
     checkpoint.save_state(tmp_path / "run" / "resume.pt", {**state, "processes": 2})
-    assert main([*arguments, "--resume"]) == 0
+    assert train(*arguments, "--resume") == 0
     said = capsys.readouterr().out
     assert "resuming with 1 process what 2 began: the order of the images stays" in said
     assert "and the relations are of other shares of a batch" in said
@@ -289,7 +291,7 @@ def test_another_number_of_processes_is_told(tmp_path, monkeypatch, capsys):
 def test_checkpoint_of_another_version_is_refused(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     checkpoint.save_state(tmp_path / "run" / "resume.pt", {"settings": {}})
-    said = _refusal(capsys, [*SHORT, "--resume", f"--output-dir={tmp_path / 'run'}"])
+    said = _refusal(capsys, [*ONE, "--resume", f"--output-dir={tmp_path / 'run'}"])
     assert "is of another version of vrm-distill" in said
 
 

@@ -3,13 +3,13 @@
 import numpy
 import pytest
 import torch
-from distill_helpers import QUICK, read_log
+from distill_helpers import QUICK, SHORT, read_log, train
 from PIL import Image
 
 from vrm_distill import create_model, load_checkpoint, recipe
 from vrm_distill.cli import main
 
-SHORT = [*QUICK, "--baselines=none", "--seeds=1", "--epochs=2", "--teacher-epochs=2", "--output-dir"]
+RUN = [*QUICK, *SHORT, "--baselines=none", "--seeds=1", "--output-dir"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def _accelerate():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("settings") / "run"
-    assert main([*SHORT, str(folder)]) == 0
+    assert train(*RUN, folder) == 0
     return folder
 
 
@@ -47,7 +47,7 @@ def test_bf16_trains_in_bfloat16_and_keeps_float32_weights(finished, tmp_path, m
             hook.remove()
 
     monkeypatch.setattr(recipe, "both_views", spying)
-    assert main([*SHORT, str(tmp_path / "run"), "--precision=bf16"]) == 0
+    assert train(*RUN, tmp_path / "run", "--precision=bf16") == 0
     assert seen == {torch.bfloat16}
     model, _ = load_checkpoint(tmp_path / "run" / "student.safetensors")
     assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -62,7 +62,7 @@ def test_trained_teacher_is_taken_as_it_is(kind, finished, tmp_path, capsys):
     if kind == "state dict":
         file = tmp_path / "teacher.pth"
         torch.save({"state_dict": {f"module.{k}": v for k, v in teacher.state_dict().items()}, "epoch": 3}, file)
-    assert main([*SHORT, str(tmp_path / "run"), "--teacher-checkpoint", str(file)]) == 0
+    assert train(*RUN, tmp_path / "run", "--teacher-checkpoint", str(file)) == 0
     rows, said = read_log(tmp_path / "run"), capsys.readouterr().out
     assert said.index(f"teacher: {float(metadata['test_accuracy']):.1%} of the test images") < said.index("seed 5: ")
     assert "digits: 10 classes; 128 images to train, 297 to validate, 600 to test; 8x8, 1 channel" in said
@@ -98,7 +98,7 @@ def test_tensorboard_has_the_logs_values(finished, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert main([*SHORT, str(tmp_path / "run"), "--track=tensorboard"]) == 0
+    assert train(*RUN, tmp_path / "run", "--track=tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "vrm-distill"))
     events.Reload()
     logged = [event.value for event in events.Scalars("distilled-5/inter_sample")]
@@ -107,8 +107,8 @@ def test_tensorboard_has_the_logs_values(finished, tmp_path):
 
 
 def test_schedule_and_warm_up(tmp_path):
-    arguments = [*SHORT, str(tmp_path / "run"), "--epochs=4", "--schedule=step", "--milestones", "1", "3"]
-    assert main([*arguments, "--gamma=0.5", "--relation-warmup=2"]) == 0
+    arguments = [*RUN, tmp_path / "run", "--epochs=4", "--schedule=step", "--milestones", "1", "3"]
+    assert train(*arguments, "--gamma=0.5", "--relation-warmup=2") == 0
     rows = [row for row in read_log(tmp_path / "run") if row["method"] == "distilled"]
     assert [float(row["lr"]) for row in rows] == pytest.approx([0.03, 0.015, 0.015, 0.0075])
     for epoch, row in enumerate(rows):
@@ -117,11 +117,10 @@ def test_schedule_and_warm_up(tmp_path):
         weight = (float(row["train_loss"]) - ce) / relations
         # Four steps an epoch: the weights are 0, 1/8 ... 7/8, then 1; the relations fall as they rise, hence the room.
         assert weight == pytest.approx((1.5 / 8, 5.5 / 8, 1, 1)[epoch], abs=0.02 if epoch < 2 else 1e-4)
-        assert 0 < float(row["loss_share"]) < 1
 
 
 def test_running_mean_is_what_is_judged_and_kept(finished, tmp_path):
-    assert main([*SHORT, str(tmp_path / "run"), "--ema=0.99"]) == 0
+    assert train(*RUN, tmp_path / "run", "--ema=0.99") == 0
     a, b = (load_checkpoint(folder / "student.safetensors")[0] for folder in (finished, tmp_path / "run"))
     torch.manual_seed(5)
     start = create_model("conv_4_8_8", 1, 10)
@@ -145,7 +144,7 @@ def test_trackers_that_are_not_installed_are_refused_and_installed_ones_get_ever
     find_spec = log.importlib.util.find_spec
     monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     with pytest.raises(SystemExit):
-        main([*SHORT, str(tmp_path / "run"), "--track", "wandb"])
+        main([*RUN, str(tmp_path / "run"), "--track", "wandb"])
     assert "argument --track: wandb not installed: pip install wandb" in capsys.readouterr().err
 
     class Tracker:
@@ -165,6 +164,6 @@ def test_trackers_that_are_not_installed_are_refused_and_installed_ones_get_ever
 def test_compiled_by_accelerates_launcher(finished, tmp_path, monkeypatch):
     """``accelerate launch --dynamo_backend X`` says so in the environment; the student's keys stay its own."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    assert main([*SHORT, str(tmp_path / "run"), "--ema=0.5"]) == 0
+    assert train(*RUN, tmp_path / "run", "--ema=0.5") == 0
     compiled, plain = (load_checkpoint(f / "student.safetensors")[0] for f in (tmp_path / "run", finished))
     assert compiled.state_dict().keys() == plain.state_dict().keys()

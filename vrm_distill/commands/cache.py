@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     for note in (*data.notes, *notes):
         console.print(f"note: {note}")
     teacher = teacher.to(accelerator.device).eval()
-    # Of several seeds that share their views one is enough.
+    # Seeds that share their views need one pass.
     seeds = settings.all_seeds if settings.view_epochs is None else settings.all_seeds[:1]
     with progress_bar(console) as progress:
         bar = progress.add_task("caching", total=len(seeds) * settings.views(settings.seed)["view_epochs"])

@@ -15,7 +15,7 @@ from vrm_distill.checkpoint import write_atomically
 from vrm_distill.commands.common import Trained, read_network
 from vrm_distill.failures import Refused
 
-# ONNX Runtime's logits may differ from torch's by so much of the largest.
+# ONNX Runtime's logits may differ from torch's by this fraction of the largest.
 _TOLERANCE = 1e-3
 
 
@@ -78,7 +78,7 @@ def _onnx(network: Trained, path: Path) -> str:
     if not size or not network.numbers("mean"):
         raise Refused("FILE", "its metadata do not say the images' size and normalisation: take student.safetensors")
     model = _Normalised(network).eval()
-    # Numbers of images that are none of the sizes that a network likes.
+    # A batch of three, and of one below, so that no fixed batch size passes the check.
     images = torch.rand(3, int(network.metadata["in_channels"]), *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(images)

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         raise Refused("--output-dir", "name it under torchrun, for all processes and restarts to agree on it")
     ready = prepare(given)
     settings, data, teacher, accelerator = ready[:4]
-    # torchrun starts the same command again after a fault: go on then, without being told.
+    # torchrun starts the same command again after a fault: then the run resumes without --resume.
     again = given.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
         resume = recipe.read_state(settings, data, teacher) if again else None

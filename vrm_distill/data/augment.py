@@ -7,7 +7,7 @@ from vrm_distill.data.images import ImageData, to_unit
 from vrm_distill.seeding import seed_everything
 
 # RandAugment's operations without its two for colour, which need three channels, and without "invert" and
-# "solarize_add", whose white-on-black turned black-on-white is no digit that the test set holds.
+# "solarize_add", which turn white on black into black on white: no digit of the test set looks so.
 GREY_POLICY = [
     [("auto_contrast", 0, 1)],
     [("equalize", 0, 1)],
@@ -23,7 +23,7 @@ GREY_POLICY = [
     [("translate_y", -0.1, 0.1)],
 ]
 
-# Images of fewer pixels a side are tried with this many draws of the augmentation before they are trained on.
+# Images with fewer pixels a side go through trial draws of the augmentation before the training.
 _SMALL, _DRAWS = 3, 40
 # What --augment takes: "auto" is one of the others by the channels and the size of the images.
 AUGMENTATIONS = ("auto", "affine", "crop", "resized_crop", "none")
@@ -65,7 +65,7 @@ class Views(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, virtual: bool = True) -> tuple[Tensor, Tensor]:
         images = to_unit(images)
-        # The real view first: it is then the same whether or not the virtual one is drawn after it.
+        # The real view is drawn first, so that it is the same whether or not a virtual one follows.
         real = self.data.normalized(self.real(images))
         if not virtual:
             return real, real
@@ -80,7 +80,7 @@ def check_views(data: ImageData, kind: str) -> None:
     """
     images, _ = data.train[torch.arange(min(2, len(data.train)))]
     try:
-        # As often as it takes for each of RandAugment's operations to be drawn.
+        # So many draws that each of RandAugment's operations is among them.
         for draw in range(_DRAWS if min(data.size) < _SMALL else 1):
             seed_everything(images.device, draw)
             Views(data, kind)(images)

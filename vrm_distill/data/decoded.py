@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# Up to this many images are decoded before training to find the broken ones; of more, those that end too early.
+# Up to this many images are all decoded before training, to find the broken ones. Of a larger set only the images
+# whose files seem cut off are decoded.
 DECODE_ALL = 50_000
 SHOWN = 10
 # How whole files of these formats end; some have a few bytes of padding after it.
@@ -130,7 +131,7 @@ def open_image(entry: dict):
 
     content = entry.get("bytes")
     image = Image.open(io.BytesIO(content) if content is not None else entry["path"])
-    # A grey PNG has 16 bits at most, which older versions of Pillow open as 32.
+    # A grey PNG has at most 16 bits; older versions of Pillow open it with 32.
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
         raise ValueError(f"holds {kind} of no known range (mode {image.mode}): save it with 8 or 16 bits")
@@ -177,7 +178,7 @@ def _file_size(entry: dict) -> tuple[str | None, int]:
 
 def _turned(image) -> tuple[int, int]:
     """Height and width as the EXIF orientation has them."""
-    # Where a PNG's header has none, Pillow would decode the image to look behind its pixels.
+    # If a PNG's header has no EXIF data, Pillow would decode the whole image to look for it behind the pixels.
     known = image.format != "PNG" or "exif" in image.info
     sideways = known and image.getexif().get(_ORIENTATION, 1) >= 5
     return (image.width, image.height) if sideways else (image.height, image.width)

@@ -217,7 +217,7 @@ def _split(name: str, parts: dict[str, DecodedImages]) -> tuple[Dataset, Dataset
         if count * 2 > len(train):
             raise ValueError(f"{name} has {len(train)} training images: too few to set some apart for validation")
         rest, apart = split_indices(len(train), len(train) - count)
-        # A test that the data bring comes first; images set apart then serve to choose the student.
+        # A test set that comes with the data is used as it is; images are set apart only to choose the student.
         train, held_out = subset(train, rest), [*held_out, subset(train, apart)]
     test, validation = held_out[:2]
     return train, validation, test

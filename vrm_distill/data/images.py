@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-# Of how many training images the mean and the standard deviation are taken, spread over the whole set.
+# The mean and the standard deviation are those of this many training images, spread over the whole set.
 _STATISTICS = 2000
 
 

@@ -66,7 +66,7 @@ def batches_loader(dataset: Dataset, batches, workers: int = 0) -> DataLoader:
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # Its own generator: a loader otherwise draws a seed for its workers from the global one.
+        # Without a generator of its own, a loader draws a seed for its workers from the global one.
         generator=torch.Generator(),
     )
 

@@ -14,7 +14,7 @@ from vrm_distill.data.images import ImageData, from_parts, subset
 _ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
 SIZE = 28
 _TRAIN_DRAWINGS = 15
-# Of the training drawings, the ones to choose a student by: 2 of 15.
+# 2 of the 15 training drawings are set apart to choose a student by.
 _VALIDATION_DRAWINGS = 2
 
 

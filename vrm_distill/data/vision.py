@@ -19,7 +19,7 @@ def torchvision_dataset(name: str, root: str, train_images: int | None = None) -
     """
     try:
         from torchvision import datasets
-    except Exception as error:  # a build for another torch fails in ways of its own
+    except Exception as error:  # a build for another torch can fail in any way
         raise ValueError(f"torchvision:{name} needs a torchvision that works with this torch ({error})") from error
     kind = getattr(datasets, name, None)
     if kind is None or name.startswith("_"):

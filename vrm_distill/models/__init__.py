@@ -64,7 +64,7 @@ def create_model(name: str, in_channels: int, classes: int, *, pretrained: bool 
         return MODELS[name](in_channels, classes)
     library, factory = _factory(name)
     if library == "timm":
-        # Pretrained, the model keeps its own classes: a new head would be one that nobody trained.
+        # A pretrained model keeps its own classes, since a new head would be untrained.
         return factory(pretrained=pretrained, in_chans=in_channels, **({} if pretrained else {"num_classes": classes}))
     if library == "torchvision":
         if in_channels != 3:
@@ -103,7 +103,7 @@ def check_classes(
             with torch.no_grad():
                 if mode == "evaluation":  # lazy layers take their shapes from this
                     logits = _in_mode(model, False, images)
-                else:  # a copy, for batch norm to keep no trace of it
+                else:  # of a copy, so that batch norm keeps no trace of it
                     logits = _in_mode(deepcopy(model), True, images)
         except Exception as error:  # a network of the user's may raise anything
             shape = f"{in_channels} x {size[0]} x {size[1]}"
@@ -163,7 +163,7 @@ def _factory(name: str):
             library = importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(f"{name} needs {error.name}: {_install(module)}") from error
-        except Exception as error:  # a build for another torch fails in ways of its own
+        except Exception as error:  # a build for another torch can fail in any way
             raise ValueError(
                 f"{name}: {module} is installed but cannot be imported ({error}): most often torchvision was made for "
                 f"another torch; install the one made for torch {torch.__version__}, from where that came from: "
