@@ -117,9 +117,13 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def kernels_run(library) -> set[str]:
-    """The names of the kernels launched since ``cuda_shim_forget_kernels``, template arguments included."""
+def launches_run(library) -> list[str]:
+    """The kernels launched since ``cuda_shim_forget_kernels``, each by its name with its template arguments."""
     room = library.cuda_shim_kernels(None, 0)
     names = ctypes.create_string_buffer(room + 1)
     library.cuda_shim_kernels(names, ctypes.c_int64(room))
-    return set(names.value.decode().splitlines())
+    return names.value.decode().splitlines()
+
+
+def kernels_run(library) -> set[str]:
+    return set(launches_run(library))

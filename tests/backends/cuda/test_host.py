@@ -50,6 +50,7 @@ FORMS = {
     "dense": ("dense", 32, 0),
     "dense, entropies stored": ("dense", 64, 1 << 20),
 }
+TWO_TILES = (33, 34)  # of 32 vertices, on either side of either graph
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -126,9 +127,13 @@ def any_backend(host, monkeypatch, request):
 class TestExtremes(parity_suite.Extremes):
     """In this backend's forms."""
 
+    shape = TWO_TILES
+
 
 class TestInputs(parity_suite.Inputs):
     """In this backend's forms."""
+
+    shape = TWO_TILES
 
 
 class TestMask(parity_suite.Mask):
@@ -145,28 +150,43 @@ class TestSettings(parity_suite.Settings):
 
 # ---- shapes, forms and kernels ---------------------------------------------------------------------------------------
 
-SHAPES = [(1, 1), (1, 7), (7, 1), (3, 5), (33, 17), (20, 66)]
+# Three tiles: 33 vertices of two views in a complete graph, else 66 classes, whose entropies are two strips besides.
+CASES = [
+    *itertools.product([(1, 1), (1, 7), (7, 1), (3, 5), (33, 17)], MODES, [torch.float32]),
+    *itertools.product([(7, 1), (33, 17)], MODES, [torch.float64]),
+    ((3, 66), "inter_view", torch.float32),
+]
 
 
-@FLOATS
-@pytest.mark.parametrize("relations", MODES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(("shape", "relations", "dtype"), CASES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_parity_over_shapes_in_every_form(host, monkeypatch, form, shape, relations, dtype):
     set_form(monkeypatch, form)
     assert_parity(cuda_host.NAME, Case(shape, relations=relations), dtype)
 
 
+@pytest.mark.parametrize(
+    ("shape", "relations", "tiles"),
+    [(TWO_TILES, "inter_view", 4 + 4), ((3, 66), "inter_view", 1 + 9), ((33, 17), "complete", 9 + 4)],
+)
+def test_these_shapes_have_that_many_tiles(host, monkeypatch, shape, relations, tiles):
+    host.cuda_shim_set_checks(0)
+    set_form(monkeypatch, "dense")
+    host.cuda_shim_forget_kernels()
+    evaluate(cuda_host.NAME, make_logits(Case(shape), torch.float32, 0), relations=relations)
+    assert sum("dense_kernel<float>" in name for name in cuda_host.launches_run(host)) == tiles
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "case",
     [
-        Case((33, 17), percentile=100.0, relations="complete", seed=10),
-        Case((20, 70), kind="opposite", seed=30),
-        Case((70, 20), kind="converged:1e-2", percentile=50.0, seed=40),
-        Case((41, 23), kind="collapsed", percentile=100.0),
-        Case((40, 61), percentile=0.0, delta=0.05, seed=60),
-        Case((9, 40), kind="opposite", relations="complete", percentile=100.0),
+        Case((17, 9), percentile=100.0, relations="complete", seed=10),
+        Case((9, 35), kind="opposite", seed=30),
+        Case((35, 9), kind="converged:1e-2", percentile=50.0, seed=40),
+        Case((33, 9), kind="collapsed", percentile=100.0),
+        Case(TWO_TILES, percentile=0.0, delta=0.05, seed=60),
+        Case((3, 18), kind="opposite", relations="complete", percentile=100.0),
     ],
     ids=lambda case: f"{case.shape}-{case.kind}-{case.relations}",
 )
@@ -297,7 +317,7 @@ def test_what_the_sanitizer_watches_takes_the_forms_it_says(host, monkeypatch, o
 @pytest.mark.parametrize("form", FORMS)
 def test_the_order_of_threads_changes_no_bit(host, monkeypatch, form, dtype):
     set_form(monkeypatch, form)
-    logits = make_logits(Case((40, 37), kind="opposite"), dtype, seed=0)
+    logits = make_logits(Case((18, 17), kind="opposite"), dtype, seed=0)  # two tiles a side
     host.cuda_shim_set_order(0)
     plain = evaluate(cuda_host.NAME, logits, relations="complete")
     for seed in (2, 3):
@@ -395,9 +415,9 @@ def test_the_kept_edges_are_those_below_torchs_quantile(host, form, dtype):
 @SELECTIONS
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
 def test_entropies_that_are_nearly_equal(host, form, spread):
-    """An untrained student's: more of one bin than a block has room for."""
+    """An untrained student's: more of one bin than the block of the form literal has room for."""
     host.cuda_shim_set_checks(0)
-    q = 0.01 * (1 + spread * torch.rand(25_000))
+    q = 0.01 * (1 + spread * torch.rand(25_000 if form == "literal" else 2_000))
     entropy = -pruning.log_probs(q)
     rank, weight = pruning.rank(0.3, q.numel(), q.dtype)
     expected = entropy <= torch.quantile(entropy, 0.3)

@@ -27,7 +27,11 @@ namespace {
 constexpr int64_t kStackBytes = 64 << 10;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-enum class State { ready, at_block_barrier, at_grid_barrier, at_warp_operation, done };
+enum class State { ready,
+                   at_block_barrier,
+                   at_grid_barrier,
+                   at_warp_operation,
+                   done };
 
 // When and by whom.
 struct Stamp {
@@ -103,7 +107,6 @@ struct Warp {
   unsigned arrived = 0;
   uint64_t given[32], result[2][32];
   int turn = 0;
-  bool exchanging = false;
 };
 
 struct Block {
@@ -126,6 +129,7 @@ std::vector<Warp> warps;
 std::vector<Block> blocks;
 std::vector<char*> stacks;
 Fibre* current = nullptr;
+int lane_order = 0;  // lanes take turns in the order of their numbers xor this
 Context scheduler;
 Entry entry;
 const void* arguments;
@@ -135,6 +139,12 @@ void leave(State state) {
   Fibre* self = current;
   self->state = state;
   switch_context(self->context, scheduler);
+}
+
+void make_current(Fibre& fibre) {
+  current = &fibre;
+  threadIdx.x = static_cast<unsigned>(fibre.thread);
+  blockIdx.x = static_cast<unsigned>(fibre.block);
 }
 
 [[noreturn]] void fail(const std::string& what) {
@@ -166,10 +176,14 @@ std::string describe(const Buffer& buffer, const char* address) {
          std::to_string(buffer.end - buffer.begin);
 }
 
-enum class Kind { read, write, atomic };
+enum class Kind { read,
+                  write,
+                  atomic };
+
+bool watching() { return checking && current != nullptr; }
 
 void check_access(const void* at, int64_t bytes, Kind kind) {
-  if (current == nullptr || !checking || !fault.empty()) return;
+  if (!watching() || !fault.empty()) return;
   const char* address = static_cast<const char*>(at);
   if (address >= current->stack && address < current->stack + kStackBytes) return;
   Buffer* buffer = buffer_at(address);
@@ -192,7 +206,9 @@ void check_access(const void* at, int64_t bytes, Kind kind) {
       fail(std::string("race: ") + name + " after another thread's write, " + describe(*buffer, address));
     if (kind != Kind::read && word.reads.race_with(stamp))
       fail("race: write after another thread's read, " + describe(*buffer, address));
-    (kind == Kind::read ? word.reads : kind == Kind::write ? word.writes : word.atomics).add(stamp);
+    (kind == Kind::read ? word.reads : kind == Kind::write ? word.writes
+                                                           : word.atomics)
+        .add(stamp);
     if (kind != Kind::read) buffer->written[k] = 1;
   }
 }
@@ -234,9 +250,7 @@ std::string name_of(const void* kernel) {
 }
 
 void run_fibre(Fibre& fibre) {
-  current = &fibre;
-  threadIdx = dim3(static_cast<unsigned>(fibre.thread), 0, 0);
-  blockIdx = dim3(static_cast<unsigned>(fibre.block), 0, 0);
+  make_current(fibre);
   switch_context(scheduler, fibre.context);
   current = nullptr;
 }
@@ -255,9 +269,9 @@ void run_fibres(size_t n, size_t block_size) {
       Fibre* lanes = &fibres[warp * 32];
       for (bool again = true; again; progress |= again) {
         again = false;
-        const size_t turn = order_seed != 0 ? random() % 32 : 0;
-        for (size_t k = 0; k < 32; ++k) {
-          Fibre& fibre = lanes[k ^ turn];
+        lane_order = order_seed != 0 ? static_cast<int>(random() % 32) : 0;
+        for (int k = 0; k < 32; ++k) {
+          Fibre& fibre = lanes[k ^ lane_order];
           if (fibre.state != State::ready) continue;
           again = true;
           run_fibre(fibre);
@@ -307,7 +321,17 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
     for (size_t k = first; k < first + 32; ++k) fibres[k].state = State::ready;
     return warp.result[warp.turn];
   }
-  leave(State::at_warp_operation);
+  // On to the next lane without the scheduler, which costs half of the switches.
+  self->state = State::at_warp_operation;
+  Fibre* lanes = self - lane;
+  for (int k = 1; k < 32; ++k) {
+    Fibre& next = lanes[(((lane ^ lane_order) + k) & 31) ^ lane_order];
+    if (next.state != State::ready) continue;
+    make_current(next);
+    switch_context(self->context, next.context);
+    return warp.result[warp.turn];
+  }
+  switch_context(self->context, scheduler);
   return warp.result[warp.turn];
 }
 
@@ -407,11 +431,15 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entr
 // ---- what the compiler calls before every access of a kernel (-fsanitize=thread) -----------------------------------
 
 extern "C" {
-#define VRM_HOOK(bytes)                                                                            \
-  void __tsan_read##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::read); }           \
-  void __tsan_write##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::write); }         \
-  void __tsan_unaligned_read##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::read); } \
-  void __tsan_unaligned_write##bytes(void* at) { shim::check_access(at, bytes, shim::Kind::write); }
+#define VRM_HOOK_OF(name, bytes, kind)                                     \
+  void __tsan_##name##bytes(void* at) {                                    \
+    if (shim::watching()) shim::check_access(at, bytes, shim::Kind::kind); \
+  }
+#define VRM_HOOK(bytes)                    \
+  VRM_HOOK_OF(read, bytes, read)           \
+  VRM_HOOK_OF(write, bytes, write)         \
+  VRM_HOOK_OF(unaligned_read, bytes, read) \
+  VRM_HOOK_OF(unaligned_write, bytes, write)
 VRM_HOOK(1)
 VRM_HOOK(2)
 VRM_HOOK(4)
