@@ -27,9 +27,9 @@ TASKS = {
     "digits": Task("digits", "conv_32_64_128", "conv_4_8_8", epochs=30, teacher_epochs=40, seeds=10),
     "fashion": Task(
         "idx:/usr/share/datasets/fashion-mnist", "conv_32_64_128", "conv_8_16_16", epochs=5, teacher_epochs=8,
-        seeds=5, train_images=10000,
+        seeds=5, train_images=5000,
     ),
-    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=16, teacher_epochs=30, seeds=5),
+    "omniglot": Task("omniglot:omniglot", "conv_32_64_128", "conv_16_32_64", epochs=12, teacher_epochs=30, seeds=5),
 }  # fmt: skip
 BATCH = 64
 
