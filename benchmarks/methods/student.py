@@ -28,9 +28,7 @@ class Training:
     def __init__(self, model: nn.Module, method: Method, settings: dict[str, float]) -> None:
         knobs = {name: value for name, value in settings.items() if name != "lr"}
         self.model, self.views, self.loss_fn = model.train(), method.views, method.make(**knobs)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=settings["lr"], weight_decay=WEIGHT_DECAY, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], weight_decay=WEIGHT_DECAY, fused=True)
 
     def step(self, images: Tensor, teacher: list[Outputs], labels: Tensor) -> Tensor:
         """One step on a batch of :meth:`Bank.batch`; the loss."""
