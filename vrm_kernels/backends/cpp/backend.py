@@ -37,7 +37,8 @@ class CppBackend(Backend):
         dtype = compute_dtype(*sides)
         rank, weight = pruning.threshold_rank(percentile, len(sides.a), len(sides.b), exclude_self, dtype)
         p, q = (None, None) if probs is None else probs
-        return GraphResult(*_cpu.cpu_relation_graph(*sides, p, q, rank, weight, delta, eps, exclude_self, need_grad))
+        settled = rank, weight, delta, eps, exclude_self, need_grad
+        return GraphResult(*_cpu.cpu_relation_graph.default(*sides, p, q, *settled))
 
     def vrm_loss(
         self,
@@ -50,17 +51,17 @@ class CppBackend(Backend):
         ranks, weights = threshold_ranks(views, settings)
         alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, smoothing, ignored = settings
         return LossResult(
-            *_cpu.cpu_vrm_loss(
+            *_cpu.cpu_vrm_loss.default(
                 *views, labels, class_weight, alpha, beta, ce_real, ce_virtual, ranks, weights,
                 percentile == 100, delta, eps, complete, smoothing, ignored, need_grad,
             )
         )  # fmt: skip
 
     def entropy_of_logs(self, probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
-        return _cpu.cpu_joint_entropy(probs_a, log_probs_b)
+        return _cpu.cpu_joint_entropy.default(probs_a, log_probs_b)
 
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        return _cpu.cpu_count_digits(entropy, prefixes, shift, bits)
+        return _cpu.cpu_count_digits.default(entropy, prefixes, shift, bits)
 
     def relation_share(
         self,
@@ -73,14 +74,14 @@ class CppBackend(Backend):
         threshold, kept, edges, weight, delta, eps, exclude_self = settings
         p, q = (None, None) if probs is None else probs
         grad_a, grad_b = grads or (sides.a.new_empty(0), sides.a.new_empty(0))
-        return _cpu.cpu_relation_share(
+        return _cpu.cpu_relation_share.default(
             *sides, p, q, entropy, grad_a, grad_b, float(threshold), int(kept), edges, weight, delta, eps, exclude_self,
             bool(grads),
         )  # fmt: skip
 
 
 def quantile(x, below, weight):
-    return _cpu.cpu_quantile(x, below, weight)
+    return _cpu.cpu_quantile.default(x, below, weight)
 
 
 @torch.library.register_fake("vrm_kernels::cpu_relation_graph")
