@@ -90,8 +90,10 @@ class BorrowedArena {
   ~BorrowedArena() {
     arena_->reset();
     if (arena_->size() <= kMostKept)
-      for (auto& place : spares())
-        if ((arena_ = place.exchange(arena_)) == nullptr) return;
+      for (auto& place : spares()) {
+        Arena* none = nullptr;  // the first free place: the next call's graphs find their own thread's memory again
+        if (place.compare_exchange_strong(none, arena_)) return;
+      }
     delete arena_;
   }
   BorrowedArena(const BorrowedArena&) = delete;

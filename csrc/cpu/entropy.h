@@ -4,7 +4,6 @@
 
 #include "arena.h"
 #include "graph.h"
-#include "team.h"
 
 #include <algorithm>
 #include <limits>
@@ -24,6 +23,8 @@ template <class T> class EntropyBlocks {
     panels_ = {depth, row_data_, column_data_};
   }
 
+  static constexpr int64_t kColumnPanels = 16;  // of a block that is computed again
+
   // How many rows a block has: whole panels.
   static int64_t row_unit() {
     const int64_t height = kernels<T>().panel_rows;
@@ -34,24 +35,25 @@ template <class T> class EntropyBlocks {
   int64_t padded_columns() const { return column_panels_ * kernels_.panel_columns; }
   int64_t padded_rows() const { return row_panels_ * kernels_.panel_rows; }
 
-  void pack(Team& team) {
+  int64_t row_panels() const { return row_panels_; }
+
+  int64_t pack_tasks() const { return row_panels_ + column_panels_; }
+  void pack(int64_t task) {
     const int64_t depth = panels_.depth;
-    team.for_each(row_panels_ + column_panels_, [&](int64_t task) {
-      if (task < row_panels_) {
-        kernels_.pack_panel(probs_, rows_, depth, task, kernels_.panel_rows,
-                            row_data_ + task * kernels_.panel_rows * depth);
-      } else {
-        task -= row_panels_;
-        kernels_.pack_panel(log_probs_, columns_, depth, task, kernels_.panel_columns,
-                            column_data_ + task * kernels_.panel_columns * depth);
-      }
-    });
+    if (task < row_panels_) {
+      kernels_.pack_panel(probs_, rows_, depth, task, kernels_.panel_rows,
+                          row_data_ + task * kernels_.panel_rows * depth);
+    } else {
+      task -= row_panels_;
+      kernels_.pack_panel(log_probs_, columns_, depth, task, kernels_.panel_columns,
+                          column_data_ + task * kernels_.panel_columns * depth);
+    }
   }
 
-  // H of the block of rows from `row` on by panels [q0, q1) of columns. A vertex's edge with itself is made infinite:
-  // never kept.
-  void compute(int64_t row, int64_t q0, int64_t q1, T* h, int64_t ld) const {
-    const int64_t p0 = row / kernels_.panel_rows, p1 = std::min(row_panels_, p0 + row_unit() / kernels_.panel_rows);
+  // H of up to `rows` rows from `row` on, whole panels, by panels [q0, q1) of columns. A vertex's edge with itself is made
+  // infinite: never kept.
+  void compute(int64_t row, int64_t rows, int64_t q0, int64_t q1, T* h, int64_t ld) const {
+    const int64_t p0 = row / kernels_.panel_rows, p1 = std::min(row_panels_, p0 + rows / kernels_.panel_rows);
     kernels_.entropy_rows(panels_, p0, p1, q0, q1, h, ld);
     if (!exclude_self_) return;
     const int64_t c0 = q0 * kernels_.panel_columns, c1 = q1 * kernels_.panel_columns;
@@ -59,11 +61,10 @@ template <class T> class EntropyBlocks {
       if (i >= c0 && i < c1) h[(i - row) * ld + i - c0] = std::numeric_limits<T>::infinity();
   }
 
-  // All of H.
-  void compute_all(Team& team, T* h, int64_t ld) const {
-    team.for_each(row_blocks(), [&](int64_t block) {
-      compute(block * row_unit(), 0, column_panels_, h + block * row_unit() * ld, ld);
-    });
+  // One panel of rows of H, which begins at h.
+  void compute_rows(int64_t panel, T* h, int64_t ld) const {
+    const int64_t row = panel * kernels_.panel_rows;
+    compute(row, kernels_.panel_rows, 0, column_panels_, h + row * ld, ld);
   }
 
   // The entropy of one edge: close to compute()'s, but not the same bits.

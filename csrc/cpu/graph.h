@@ -127,9 +127,9 @@ template <class T> struct Kernels {
   // The dense form of `edges` for row i and columns [begin, end), all dot products given; see its definition.
   double (*weigh_row)(const Graph<T>& g, int64_t i, int64_t begin, int64_t end, const T* entropy, T* dot_s, T* dot_t,
                       T* dot_w, int64_t* n_literal);
-  // Completes the gradient of vertices [begin, end) and writes it, or adds it, to out.
+  // Completes the gradient of vertices [begin, end) and adds it to out, where vertex `begin` is the first.
   void (*unpack_grad)(const Graph<T>& g, const Side<T>& side, int64_t begin, int64_t end, T* out,
-                      int64_t vertex_stride, int64_t dim_stride, bool accumulate);
+                      int64_t vertex_stride, int64_t dim_stride);
   // Counts the values below `low` among n, and appends those in [low, high] to `found`, up to `room` of them.
   int64_t (*split)(const T* x, int64_t n, T low, T high, T* found, int64_t room, int64_t* n_found);
 };
@@ -145,10 +145,11 @@ template <class T> int64_t tile_columns(const Chunks& chunks) {
                                              : fit;
 }
 
-// An edge takes three dot products, twice two coefficients, four indices, three registers of partial sums.
+// An edge takes five measures of its ends, three dot products, twice two coefficients, four indices, three registers of
+// partial sums.
 template <class T> int64_t tile_scratch_bytes() {
   constexpr int64_t edges = kTileRows * kMaxTileColumns + 64;
-  return edges * (7 * sizeof(T) + 4 * sizeof(int32_t)) + 3 * edges * kAlignBytes + 4096;
+  return edges * (12 * sizeof(T) + 4 * sizeof(int32_t)) + 3 * edges * kAlignBytes + 4096;
 }
 
 const Kernels<float>* kernels_f32_avx512();

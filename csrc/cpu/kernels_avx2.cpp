@@ -1,6 +1,7 @@
 // The CPU kernels for AVX2. The target is set after the standard includes: see simd.h.
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)

@@ -1,6 +1,7 @@
 // The CPU kernels for any processor: 16-byte registers, which SSE2 and NEON have.
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 
 #define VRM_ISA_NAMESPACE portable

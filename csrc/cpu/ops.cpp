@@ -66,8 +66,8 @@ template <class T> void describe(GraphInput<T>& input, const Tensor& a, const Te
   input.exclude_self = exclude_self, input.need_grad = need_grad;
   input.delta = delta, input.eps = eps, input.weight = 1;
   if (!need_grad) return;
-  input.grad_a = {grad_a.mutable_data_ptr<T>(), nullptr, input.rows, grad_a.stride(0), grad_a.stride(1)};
-  input.grad_b = {grad_b.mutable_data_ptr<T>(), nullptr, input.columns, grad_b.stride(0), grad_b.stride(1)};
+  input.grad_a = {{grad_a.mutable_data_ptr<T>(), nullptr}, input.rows, grad_a.stride(0), grad_a.stride(1)};
+  input.grad_b = {{nullptr, grad_b.mutable_data_ptr<T>()}, 0, grad_b.stride(0), grad_b.stride(1)};
 }
 
 template <class T>
@@ -249,9 +249,8 @@ Five vrm_loss(const Tensor& student_real, const Tensor& student_virtual, const T
     input.delta = settings.delta, input.eps = settings.eps, input.weight = by_class ? settings.beta : settings.alpha;
     T *real = grad_real.mutable_data_ptr<T>(), *virtual_view = grad_virtual.mutable_data_ptr<T>();
     const int64_t vertex_stride = by_class ? 1 : classes, dim_stride = by_class ? classes : 1;
-    input.grad_a = {real, virtual_view, vertices, vertex_stride, dim_stride};
-    input.grad_b = {virtual_view, nullptr, vertices, vertex_stride, dim_stride};
-    if (complete) input.grad_b = input.grad_a;
+    input.grad_a = {{real, virtual_view}, vertices, vertex_stride, dim_stride};
+    input.grad_b = {{real, virtual_view}, complete ? vertices : 0, vertex_stride, dim_stride};
     inputs.push_back(input);
   }
   if (complete) {

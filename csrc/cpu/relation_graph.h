@@ -7,9 +7,9 @@
 
 namespace vrm {
 
-// Where a side's gradient is added: vertices before `cut` to `first`, the others, counted from there, to `second`.
+// Where a side's gradient is added: vertices before `cut` are of view 0, the others, counted from there, of view 1.
 template <class T> struct GradTarget {
-  T *first, *second;
+  T* views[2];
   int64_t cut, vertex_stride, dim_stride;
 };
 

@@ -21,6 +21,8 @@
 
 namespace vrm {
 
+constexpr int64_t kFoundBytes = int64_t{48} << 20;  // of values inside a bracket
+
 template <class T> using Run = std::function<void(const T* x, int64_t n)>;
 
 // A replayable stream of n values in `parts` parts that may be visited concurrently.

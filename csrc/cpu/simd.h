@@ -27,7 +27,17 @@ template <class T> VRM_INLINE Vec<T> load(const T* p) { return *reinterpret_cast
 template <class T> VRM_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<Vec<T>*>(p) = v; }
 template <class T> VRM_INLINE Vec<T> splat(T x) { return x - Vec<T>{}; }
 template <class T> VRM_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) { return a > b ? a : b; }
-template <class T> VRM_INLINE Vec<T> magnitude(Vec<T> a) { return a < 0 ? -a : a; }
+
+// Integers of T's size.
+template <class T> struct IntOf {
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type type
+      __attribute__((vector_size(VRM_VECTOR_BYTES)));
+};
+template <class T> using VecInt = typename IntOf<T>::type;
+
+template <class T> VRM_INLINE Vec<T> magnitude(Vec<T> a) {  // without the sign bit
+  return (Vec<T>)((VecInt<T>)a & ~(VecInt<T>)splat<T>(T(-0.0)));
+}
 
 VRM_INLINE Vec<float> square_root(Vec<float> v) {
 #if VRM_VECTOR_BYTES == 64
@@ -50,42 +60,36 @@ VRM_INLINE Vec<double> square_root(Vec<double> v) {
 #endif
 }
 
-// base[index[0]], base[index[1]], ...
-VRM_INLINE Vec<float> gather(const float* base, const int32_t* index) {
-#if VRM_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4);
-#elif VRM_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4);
-#else
-  return Vec<float>{base[index[0]], base[index[1]], base[index[2]], base[index[3]]};
-#endif
+// Element k of the result is element k ^ D.
+template <class T, int D, int... Lane> VRM_INLINE Vec<T> swap_lanes(Vec<T> v, std::integer_sequence<int, Lane...>) {
+  return __builtin_shufflevector(v, v, (Lane ^ D)...);
 }
-VRM_INLINE Vec<double> gather(const double* base, const int32_t* index) {
-#if VRM_VECTOR_BYTES == 64
-  return (Vec<double>)_mm512_i32gather_pd(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), base, 8);
-#elif VRM_VECTOR_BYTES == 32
-  return (Vec<double>)_mm256_i32gather_pd(base, _mm_loadu_si128(reinterpret_cast<const __m128i*>(index)), 8);
-#else
-  return Vec<double>{base[index[0]], base[index[1]]};
-#endif
+// Combines all elements, in halves: one after the other, each would wait for the one before.
+template <class T, int D = kLanes<T> / 2, class Combine> VRM_INLINE T fold(Vec<T> v, const Combine& combine) {
+  if constexpr (D == 0) {
+    return v[0];
+  } else {
+    return fold<T, D / 2>(combine(v, swap_lanes<T, D>(v, std::make_integer_sequence<int, kLanes<T>>())), combine);
+  }
 }
-
 template <class T> VRM_INLINE T horizontal_sum(Vec<T> v) {
-  T sum = 0;
-  for (int k = 0; k < kLanes<T>; ++k) sum += v[k];
-  return sum;
+  return fold<T>(v, [](Vec<T> a, Vec<T> b) { return a + b; });
 }
 template <class T> VRM_INLINE T horizontal_max(Vec<T> v) {
-  T m = v[0];
-  for (int k = 1; k < kLanes<T>; ++k) m = v[k] > m ? v[k] : m;
-  return m;
+  return fold<T>(v, [](Vec<T> a, Vec<T> b) { return maximum<T>(a, b); });
 }
 
 template <class Mask> VRM_INLINE bool none(Mask m) {
+#if VRM_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) == 0;
+#elif VRM_VECTOR_BYTES == 32
+  return _mm256_testz_si256((__m256i)m, (__m256i)m) != 0;
+#else
   int64_t words[VRM_VECTOR_BYTES / 8], any = 0;
   __builtin_memcpy(words, &m, sizeof(m));
   for (int64_t word : words) any |= word;
   return any == 0;
+#endif
 }
 
 // The sums of four registers, into out[0..3]: halve the registers pairwise instead of reducing each alone.
@@ -99,7 +103,8 @@ VRM_INLINE void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, flo
                  __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   const auto t = s + __builtin_shufflevector(s, s, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
   const auto u = t + __builtin_shufflevector(t, t, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  out[0] = u[0], out[1] = u[4], out[2] = u[8], out[3] = u[12];
+  const auto sums = __builtin_shufflevector(u, u, 0, 4, 8, 12);
+  __builtin_memcpy(out, &sums, sizeof(sums));
 #elif VRM_VECTOR_BYTES == 32
   const auto ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) +
                   __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
@@ -108,7 +113,8 @@ VRM_INLINE void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, flo
   const auto s = __builtin_shufflevector(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13) +
                  __builtin_shufflevector(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15);
   const auto t = s + __builtin_shufflevector(s, s, 1, 0, 3, 2, 5, 4, 7, 6);
-  out[0] = t[0], out[1] = t[2], out[2] = t[4], out[3] = t[6];
+  const auto sums = __builtin_shufflevector(t, t, 0, 2, 4, 6);
+  __builtin_memcpy(out, &sums, sizeof(sums));
 #else
   out[0] = horizontal_sum<float>(a), out[1] = horizontal_sum<float>(b);
   out[2] = horizontal_sum<float>(c), out[3] = horizontal_sum<float>(d);

@@ -29,13 +29,12 @@ template <class T> class SoftmaxRun {
       }
     }
     scale_ = divisor == 0 ? 0 : 1 / divisor;
+    sums_.assign(2 * ((in_.samples + kRows - 1) / kRows), 0.0);
   }
 
   void run(Team& team) {
     const StageTimer timer(Stage::softmax, team.leads());
-    const int64_t blocks = (in_.samples + kRows - 1) / kRows;
-    team.once([&] { sums_.assign(2 * blocks, 0.0); });
-    team.for_each(2 * blocks, [&](int64_t task) {
+    team.for_each(static_cast<int64_t>(sums_.size()), [&](int64_t task) {
       const int64_t begin = task / 2 * kRows, end = std::min(in_.samples, begin + kRows);
       for (int64_t i = begin; i < end; ++i) sums_[task] += row(in_.views[task % 2], i);
     });

@@ -6,6 +6,7 @@ template <class T> struct Tile {
   int32_t row_start[kTileRows + 1];
   int32_t column_start[kMaxTileColumns + 1];
   int32_t *row, *column, *literal, *by_column_row;
+  T *square_s, *square_t, *square_w, *reach_s, *reach_t;  // of both ends: see EdgeInput
   T *dot_s, *dot_t, *dot_w;  // three arrays of the dot products ...
   T *beta, *gamma;           // ... and the coefficients they give, of the gradient
   T *by_column_beta, *by_column_gamma;
@@ -21,8 +22,8 @@ template <class T> VRM_INLINE Tile<T> make_tile(Scratch scratch) {
     p += (bytes + kAlignBytes - 1) / kAlignBytes * kAlignBytes;
     return at;
   };
-  for (T** array : {&tile.dot_s, &tile.dot_t, &tile.dot_w, &tile.beta, &tile.gamma, &tile.by_column_beta,
-                    &tile.by_column_gamma})
+  for (T** array : {&tile.square_s, &tile.square_t, &tile.square_w, &tile.reach_s, &tile.reach_t, &tile.dot_s,
+                    &tile.dot_t, &tile.dot_w, &tile.beta, &tile.gamma, &tile.by_column_beta, &tile.by_column_gamma})
     *array = reinterpret_cast<T*>(take(edges * sizeof(T)));
   for (int32_t** array : {&tile.row, &tile.column, &tile.literal, &tile.by_column_row})
     *array = reinterpret_cast<int32_t*>(take(edges * sizeof(int32_t)));
@@ -30,31 +31,53 @@ template <class T> VRM_INLINE Tile<T> make_tile(Scratch scratch) {
   return tile;
 }
 
-// Appends the columns of [begin, end) that pass to tile.column.
+// Notes the edges of row i from the n-th on, whose columns are noted.
+template <class T> VRM_INLINE void describe_edges(const Graph<T>& g, int64_t i, int64_t n, int64_t end, Tile<T>& tile) {
+  const T square_s = g.a.square_s[i], square_t = g.a.square_t[i], square_w = g.a.square_w[i];
+  const T reach_s = g.a.reach_s[i], reach_t = g.a.reach_t[i];
+  for (; n < end; ++n) {
+    int64_t j = tile.column[n];
+    asm("" : "+r"(j));  // not to be made gathers, which take longer
+    tile.square_s[n] = square_s + g.b.square_s[j];
+    tile.square_t[n] = square_t + g.b.square_t[j];
+    tile.square_w[n] = square_w + g.b.square_w[j];
+    tile.reach_s[n] = reach_s + g.b.reach_s[j];
+    tile.reach_t[n] = reach_t + g.b.reach_t[j];
+  }
+}
+
+// Lists the edges of row i in columns [begin, end) that pass, from the n-th on; returns how many there are now.
 template <class T>
-VRM_INLINE int64_t compress(const T* h, int64_t begin, int64_t end, T threshold, int32_t* column, int64_t n) {
+VRM_INLINE int64_t list_row(const Graph<T>& g, int64_t i, const T* h, int64_t begin, int64_t end, int64_t n, Tile<T>& tile) {
 #if VRM_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) {
-    const __m512 limit = _mm512_set1_ps(threshold);
-    __m512i index =
-        _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin)),
-                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512 limit = _mm512_set1_ps(g.threshold);
+    const T* const of_a[] = {g.a.square_s, g.a.square_t, g.a.square_w, g.a.reach_s, g.a.reach_t};
+    const T* const of_b[] = {g.b.square_s, g.b.square_t, g.b.square_w, g.b.reach_s, g.b.reach_t};
+    T* const of_edge[] = {tile.square_s, tile.square_t, tile.square_w, tile.reach_s, tile.reach_t};
+    __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin)),
+                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
     for (int64_t j = begin; j < end; j += 16) {
       const int64_t left = end - j;
       const __mmask16 valid = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
       const __m512 x = _mm512_maskz_loadu_ps(valid, h + (j - begin));
       const __mmask16 kept = _mm512_mask_cmp_ps_mask(valid, x, limit, _CMP_LE_OQ);
-      _mm512_storeu_si512(column + n, _mm512_maskz_compress_epi32(kept, index));
+      _mm512_storeu_si512(tile.column + n, _mm512_maskz_compress_epi32(kept, index));
+#pragma GCC unroll 5
+      for (int k = 0; k < 5; ++k)
+        store(of_edge[k] + n, (Vec<T>)_mm512_maskz_compress_ps(kept, (__m512)(of_a[k][i] + load(of_b[k] + j))));
       n += __builtin_popcount(kept);
       index = _mm512_add_epi32(index, _mm512_set1_epi32(16));
     }
     return n;
   }
 #endif
+  const int64_t first = n;
   for (int64_t j = begin; j < end; ++j) {
-    column[n] = static_cast<int32_t>(j);
-    n += h[j - begin] <= threshold;
+    tile.column[n] = static_cast<int32_t>(j);
+    n += h[j - begin] <= g.threshold;
   }
+  describe_edges(g, i, first, n, tile);
   return n;
 }
 
@@ -69,18 +92,19 @@ VRM_STAGE void list_edges(const Graph<T>& g, const Block<T>& block, int64_t r0, 
     const int64_t first = n;
     if (block.entropy != nullptr) {
       const T* h = block.entropy + (i - block.row_begin) * block.entropy_stride + (c0 - block.column_begin);
-      n = compress(h, c0, c1, g.threshold, tile.column, n);
+      n = list_row(g, i, h, c0, c1, n, tile);
     } else {
       for (int64_t j = c0; j < c1; ++j) {
         tile.column[n] = static_cast<int32_t>(j);
         n += !(g.exclude_self && i == j);
       }
+      describe_edges(g, i, first, n, tile);
     }
     for (int64_t e = first; e < n; ++e) tile.row[e] = static_cast<int32_t>(i);
   }
   tile.row_start[tile.rows] = static_cast<int32_t>(n);
   tile.count = n;
-  for (int64_t e = n; e < n + kLanes<T>; ++e) tile.row[e] = tile.column[e] = 0;  // so that whole registers are valid
+  for (int64_t e = n; e < n + kLanes<T>; ++e) tile.column[e] = 0;  // so that there is a vertex to read
 }
 
 // Adds one chunk to the three dot products of NE edges of one row.
@@ -125,7 +149,7 @@ VRM_INLINE void dot_products(const Graph<T>& g, const T* a, int64_t c, int64_t e
 
 // The same where there are 32 registers: the three vectors of a row, NV registers each, stay there for all of the row's
 // edges.
-template <class T, int NV> VRM_INLINE void measure_rows(const Graph<T>& g, int64_t c, Tile<T>& tile) {
+template <class T, int NV> VRM_STAGE void measure_rows(const Graph<T>& g, int64_t c, Tile<T>& tile) {
   constexpr int64_t lanes = kLanes<T>, width = NV * lanes;
   const bool first = c == 0, last = c + 1 == g.chunks.count;
   const T* vectors = g.b.vectors(g.chunks, c, 0);
@@ -186,7 +210,7 @@ template <class T, int NV> VRM_INLINE void measure_rows(const Graph<T>& g, int64
   }
 }
 
-template <class T> VRM_STAGE void measure_edges(const Graph<T>& g, Tile<T>& tile) {
+template <class T> void measure_edges(const Graph<T>& g, Tile<T>& tile) {
   for (int64_t c = 0; c < g.chunks.count; ++c) {
     if (VRM_VECTOR_BYTES == 64) {
       switch (g.chunks.width_of(c) / kLanes<T>) {
@@ -216,41 +240,56 @@ template <class T> VRM_STAGE void measure_edges(const Graph<T>& g, Tile<T>& tile
   }
 }
 
+// The largest components of an edge's differences, instead of the bound on them that its ends give: their largest
+// components are mostly those of different dimensions.
+template <class T> VRM_INLINE void measure_reach(const Graph<T>& g, int64_t e, Tile<T>& tile) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> most_s{}, most_t{};
+  for (int64_t c = 0; c < g.chunks.count; ++c) {
+    const int64_t width = g.chunks.width_of(c);
+    const T *a = g.a.vectors(g.chunks, c, tile.row[e]), *b = g.b.vectors(g.chunks, c, tile.column[e]);
+    for (int64_t k = 0; k < width; k += lanes) {
+      most_s = maximum<T>(most_s, magnitude<T>(load(a + k) - load(b + k)));
+      most_t = maximum<T>(most_t, magnitude<T>(load(a + width + k) - load(b + width + k)));
+    }
+  }
+  tile.reach_s[e] = horizontal_max<T>(most_s);
+  tile.reach_t[e] = horizontal_max<T>(most_t);
+}
+
 // Computes the coefficients of every edge of the tile, vectorised over the edges, and returns the sum of their losses.
 // Literal edges get none and are listed in tile.literal.
 template <class T> VRM_STAGE double weigh_edges(const Graph<T>& g, Tile<T>& tile) {
   constexpr int64_t lanes = kLanes<T>;
   const T scale = static_cast<T>(g.scale);
   for (int64_t e = tile.count; e % lanes != 0; ++e) tile.dot_s[e] = tile.dot_t[e] = tile.dot_w[e] = T(0);
+  const auto weigh = [&](int64_t e) {
+    const EdgeInput<Vec<T>> input = {load(tile.dot_s + e), load(tile.dot_t + e), load(tile.dot_w + e),
+                                     load(tile.square_s + e), load(tile.square_t + e), load(tile.square_w + e),
+                                     load(tile.reach_s + e), load(tile.reach_t + e)};
+    return quadratic_edge(input, g.rule, [](Vec<T> v) { return square_root(v); });
+  };
   Vec<T> total{};
   tile.n_literal = 0;
   for (int64_t e = 0; e < tile.count; e += lanes) {
-    const int32_t *i = tile.row + e, *j = tile.column + e;
-    const auto both = [&](const T* a, const T* b) { return gather(a, i) + gather(b, j); };
-    const EdgeInput<Vec<T>> input = {load(tile.dot_s + e),
-                                     load(tile.dot_t + e),
-                                     load(tile.dot_w + e),
-                                     both(g.a.square_s, g.b.square_s),
-                                     both(g.a.square_t, g.b.square_t),
-                                     both(g.a.square_w, g.b.square_w),
-                                     both(g.a.reach_s, g.b.reach_s),
-                                     both(g.a.reach_t, g.b.reach_t)};
-    const auto terms = quadratic_edge(input, g.rule, [](Vec<T> v) { return square_root(v); });
-    const auto literal = g.literal_only ? terms.literal | -1 : terms.literal;
-    const Vec<T> zero{};
-    store(tile.beta + e, literal ? zero : terms.beta * scale);
-    store(tile.gamma + e, literal ? zero : terms.gamma * scale);
     const int64_t valid = tile.count - e;
-    if (valid >= lanes) {
-      total += literal ? zero : terms.loss;
-    } else {
-      for (int k = 0; k < valid; ++k) total[k] += literal[k] ? T(0) : terms.loss[k];
+    const auto each_of = [&](auto literal, const auto& body) {
+      for (int64_t k = 0; k < lanes && k < valid; ++k)
+        if (literal[k]) body(e + k);
+    };
+    auto terms = weigh(e);
+    if (g.literal_only) {
+      terms.literal |= -1;
+    } else if (!none(terms.literal)) {
+      each_of(terms.literal, [&](int64_t edge) { measure_reach(g, edge, tile); });
+      terms = weigh(e);
     }
-    if (!none(literal))
-      for (int k = 0; k < lanes && k < valid; ++k) {
-        tile.literal[tile.n_literal] = static_cast<int32_t>(e + k);
-        tile.n_literal += literal[k] != 0;
-      }
+    const Vec<T> zero{};
+    store(tile.beta + e, terms.literal ? zero : terms.beta * scale);
+    store(tile.gamma + e, terms.literal ? zero : terms.gamma * scale);
+    total += first_lanes(terms.literal ? zero : terms.loss, valid);
+    if (!none(terms.literal))
+      each_of(terms.literal, [&](int64_t edge) { tile.literal[tile.n_literal++] = static_cast<int32_t>(edge); });
   }
   return static_cast<double>(horizontal_sum<T>(total));
 }

@@ -9,19 +9,22 @@ template <class T>
 void pack_panel(Strided<T> m, int64_t count, int64_t depth, int64_t panel, int64_t height, T* out) {
   const int64_t first = panel * height;
   const int64_t valid = count - first < height ? count - first : height;
-  if (m.vertex_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* from = m.data + first + k * m.dim_stride;
-      for (int64_t r = 0; r < height; ++r) out[k * height + r] = r < valid ? from[r] : T(0);
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t r0 = 0; r0 < height; r0 += lanes) {
+    const int64_t n = valid > r0 ? valid - r0 : 0;  // vertices of this register; those behind the last are zero
+    if (m.vertex_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k)
+        store_part(out + k * height + r0, load_part(m.data + first + r0 + k * m.dim_stride, n, T(0)), height - r0);
+      continue;
     }
-    return;
-  }
-  for (int64_t r = 0; r < height; ++r) {
-    const T* from = m.at(first + r);
-    if (r < valid) {
-      for (int64_t k = 0; k < depth; ++k) out[k * height + r] = from[k * m.dim_stride];
-    } else {
-      for (int64_t k = 0; k < depth; ++k) out[k * height + r] = T(0);
+    for (int64_t k = 0; k < depth; k += lanes) {
+      Vec<T> square[lanes];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes; ++r)
+        square[r] = r < n ? load_part(m.at(first + r0 + r) + k, depth - k, T(0)) : Vec<T>{};
+      transpose<T>(square);
+      for (int64_t d = 0; d < lanes && k + d < depth; ++d)
+        store_part(out + (k + d) * height + r0, square[d], height - r0);
     }
   }
 }

@@ -3,7 +3,7 @@
 template <class T> double literal_edge(const Graph<T>& g, int64_t i, int64_t j, T* room) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t padded = g.chunks.lanes_padded;
-  T *ds = room, *dt = room + padded;
+  T *ds = room, *dt = room + padded, *slope = dt;  // the teacher's differences end as Huber's slopes
   Vec<T> s2{}, t2{};
   for (int64_t c = 0; c < g.chunks.count; ++c) {
     const int64_t width = g.chunks.width_of(c), k0 = g.chunks.begin(c);
@@ -28,23 +28,23 @@ template <class T> double literal_edge(const Graph<T>& g, int64_t i, int64_t j, 
     }
   }
   const T ns = __builtin_sqrt(student), nt = __builtin_sqrt(teacher);
-  const Vec<T> se = splat<T>(ns + g.rule.eps_s), te = splat<T>(nt + g.rule.eps_t), high = splat<T>(g.rule.delta);
-  const auto residual = [&](int64_t k) { return load(ds + k) / se - load(dt + k) / te; };
+  const T us = T(1) / (ns + g.rule.eps_s), ut = T(1) / (nt + g.rule.eps_t);
+  const Vec<T> high = splat<T>(g.rule.delta);
   Vec<T> loss{}, along{};
   for (int64_t k = 0; k < padded; k += lanes) {
-    const Vec<T> x = residual(k), h = huber_slope(x, high);
+    const Vec<T> s = load(ds + k), x = s * us - load(dt + k) * ut, h = huber_slope(x, high);
     loss += huber<Vec<T>, T>(x, h);
-    along += h * load(ds + k);
+    along += h * s;
+    store(slope + k, h);
   }
   if (g.need_grad) {
     const T radial = radial_slope(horizontal_sum<T>(along), ns, ns + g.rule.eps_s);
-    const Vec<T> scale = splat<T>(static_cast<T>(g.scale));
+    const T scale = static_cast<T>(g.scale), straight = scale * us, back = scale * radial;
     for (int64_t c = 0; c < g.chunks.count; ++c) {
       const int64_t width = g.chunks.width_of(c), k0 = g.chunks.begin(c);
       T *ga = g.a.grads(g.chunks, c, i), *gb = g.b.grads(g.chunks, c, j);
       for (int64_t k = 0; k < width; k += lanes) {
-        const Vec<T> h = huber_slope(residual(k0 + k), high);
-        const Vec<T> step = scale * (h / se - load(ds + k0 + k) * splat<T>(radial));
+        const Vec<T> step = load(slope + k0 + k) * straight - load(ds + k0 + k) * back;
         store(ga + k, load(ga + k) + step);
         store(gb + k, load(gb + k) - step);
       }

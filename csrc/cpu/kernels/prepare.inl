@@ -81,36 +81,33 @@ VRM_INLINE void pack_chunk(const Graph<T>& g, const Side<T>& side, int64_t c, in
   const int64_t width = g.chunks.width_of(c), dims = g.chunks.dims_of(c), k0 = g.chunks.begin(c);
   const T *cs = g.center_s + k0, *ct = g.center_t + k0, scale = g.student_scale;
   T* out = const_cast<T*>(side.vectors(g.chunks, c, begin));
-  Vec<T> parts[3];
+  const auto put = [&](Vec<T> s, Vec<T> t, int64_t v, int64_t k) {  // of vertex v, dimensions from k on
+    Vec<T> parts[3];
+    centre<T>(s, t, load_part(cs + k, dims - k, T(0)), load_part(ct + k, dims - k, T(0)), scale, parts);
+    for (int part = 0; part < 3; ++part) store(out + ((v - begin) * 3 + part) * width + k, parts[part]);
+  };
   if (side.student.dim_stride == 1 && side.teacher.dim_stride == 1) {
-    for (int64_t v = begin; v < end; ++v, out += 3 * width) {
+    for (int64_t v = begin; v < end; ++v) {
       const T *s = side.student.at(v) + k0, *t = side.teacher.at(v) + k0;
-      for (int64_t k = 0; k < width; k += lanes) {
-        const int64_t n = dims - k;
-        centre<T>(load_part(s + k, n, T(0)), load_part(t + k, n, T(0)), load_part(cs + k, n, T(0)),
-                  load_part(ct + k, n, T(0)), scale, parts);
-        for (int part = 0; part < 3; ++part) store(out + part * width + k, parts[part]);
-      }
+      for (int64_t k = 0; k < width; k += lanes)
+        put(load_part(s + k, dims - k, T(0)), load_part(t + k, dims - k, T(0)), v, k);
     }
     return;
   }
   for (int64_t v = begin; v < end; v += lanes)
     for (int64_t k = 0; k < width; k += lanes) {  // a square of so many vertices and dimensions
       const int64_t n = end - v < lanes ? end - v : lanes;
-      Vec<T> square[3][lanes];
+      Vec<T> s[lanes], t[lanes];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < lanes; ++r) {
-        square[0][r] = square[1][r] = square[2][r] = Vec<T>{};
+        s[r] = t[r] = Vec<T>{};
         if (k + r >= dims) continue;
-        const T* s = side.student.at(v) + (k0 + k + r) * side.student.dim_stride;
-        const T* t = side.teacher.at(v) + (k0 + k + r) * side.teacher.dim_stride;
-        centre<T>(load_part(s, n, T(0)), load_part(t, n, T(0)), splat<T>(cs[k + r]), splat<T>(ct[k + r]), scale, parts);
-        for (int part = 0; part < 3; ++part) square[part][r] = parts[part];
+        s[r] = load_part(side.student.at(v) + (k0 + k + r) * side.student.dim_stride, n, T(0));
+        t[r] = load_part(side.teacher.at(v) + (k0 + k + r) * side.teacher.dim_stride, n, T(0));
       }
-      for (int part = 0; part < 3; ++part) {
-        transpose<T>(square[part]);
-        for (int64_t r = 0; r < n; ++r) store(out + ((v - begin + r) * 3 + part) * width + k, square[part][r]);
-      }
+      transpose<T>(s);
+      transpose<T>(t);
+      for (int64_t r = 0; r < n; ++r) put(s[r], t[r], v + r, k);
     }
 }
 

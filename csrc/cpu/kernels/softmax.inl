@@ -2,7 +2,6 @@
 
 template <class T> struct Number;
 template <> struct Number<float> {
-  using Int = int32_t;
   static constexpr int mantissa = 23;
   static constexpr float round = 12582912.0f;        // added, it leaves an integer in the lowest bits
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
@@ -10,18 +9,12 @@ template <> struct Number<float> {
   static constexpr int exp_terms = 7, log_terms = 5;
 };
 template <> struct Number<double> {
-  using Int = int64_t;
   static constexpr int mantissa = 52;
   static constexpr double round = 6755399441055744.0;
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
   static constexpr double least = -708.0;
   static constexpr int exp_terms = 13, log_terms = 11;
 };
-template <class T> struct IntOf {
-  typedef typename Number<T>::Int type __attribute__((vector_size(VRM_VECTOR_BYTES)));
-};
-template <class T> using VecInt = typename IntOf<T>::type;
-
 template <class T> constexpr T kSqrtHalf = static_cast<T>(0.70710678118654752440);
 
 // e^x for x <= 0: 2^n e^r, r within ln(2) / 2 of 0, where the series of e^r is good to the last bit.
