@@ -83,12 +83,12 @@ $(READY): $(VENV)/.tools $(SOURCES) $(if $(STALE),FORCE)
 	@$(BIN)/python -c "import vrm_kernels; print(vrm_kernels.backends.describe())"
 	touch $@
 
-# What the adapters adapt to, and what reads exported models. torch is named so that none of these libraries replaces it;
-# where they cannot be had, their tests say so and are skipped.
+# What the adapters adapt to, what reads exported models, and what judges the detection example. torch is named so that
+# none of these libraries replaces it; where they cannot be had, their tests say so and are skipped.
 $(VENV)/.adapters: $(READY)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,adapters,onnx]" timm torchdistill \
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test,distill,adapters,onnx]" timm torchdistill pycocotools \
 	    "$$($(BIN)/python -c 'import torch; print(f"torch=={torch.__version__}")')" \
-	    || echo "The libraries of the adapters and of ONNX could not be installed: their tests will be skipped."
+	    || echo "The libraries of the adapters, ONNX and pycocotools could not be installed: their tests will be skipped."
 	touch $@
 
 # The oldest Triton that is supported, beside the newest: for tests/backends/triton/test_compiled.py alone.
