@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu.triton_faults import faults
 from benchmarks.report.table import rewrite
 from vrm_kernels.backends.contract import GraphSettings, LossSettings, ShareSettings, Sides, Views
-from vrm_kernels.backends.triton import large, plan
+from vrm_kernels.backends.triton import large, plan, shares
 from vrm_kernels.backends.triton.backend import TritonBackend
 from vrm_kernels.backends.triton.staged import dense_launches
 from vrm_kernels.backends.triton.staged.backend import StagedBackend
@@ -188,6 +188,7 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
     patches = (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(large, "product", lambda x, y, out: None),
+        mock.patch.object(shares, "product", lambda x, y, out: None),
         mock.patch.object(dense_launches, "product", lambda x, y, out: None),
         mock.patch.object(plan, "on_nvidia", lambda device: nvidia),
     )

@@ -5,7 +5,6 @@ The interpreter takes milliseconds for what a GPU does in microseconds, so the t
 large enough for several tiles, ragged on each side, and for several row blocks.
 """
 
-import dataclasses
 import itertools
 
 import pytest
@@ -313,12 +312,11 @@ def test_a_threshold_and_a_count_from_elsewhere(monkeypatch):
         if module is large:
             entropies = [large.Entropies(problem, prepared, g) for g in graphs]
             selection = large.select(problem, prepared, entropies)
-            extra = (entropies,)
         else:
-            selection, extra = small.select(problem, prepared), ()
+            selection, entropies = small.select(problem, prepared)
         doubled = torch.tensor([[2 * whole.kept[0], whole.kept[1]]] * 2)
-        selection = dataclasses.replace(selection, counts=doubled)
-        totals, grads = module.losses_and_gradients(problem, prepared, selection, *extra, True)
+        selection = selection._replace(counts=doubled)
+        totals, grads = module.losses_and_gradients(problem, prepared, selection, entropies, True)
         assert totals.kept.tolist() == doubled[0].tolist()
         torch.testing.assert_close(totals.loss, whole.loss / 2, rtol=1e-5, atol=0)
         for grad, usual in zip(grads, whole.grads, strict=True):

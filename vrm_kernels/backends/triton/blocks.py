@@ -3,54 +3,43 @@
 Pairwise buffers have rows of ``stride`` elements, of which the first ``n`` are edges.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from vrm_kernels.backends.triton.edge import (
-    COUNT_EPS,
-    SIZES,
-    certified_tile,
-    literal_gradient,
-    literal_tile,
-    number,
-    vertex_offset,
-    wide,
-)
+from vrm_kernels.backends.triton.arrays import SIZES
+from vrm_kernels.backends.triton.edge import COUNT_EPS, certified_tile, number, wide
+from vrm_kernels.backends.triton.literal import literal_gradient, literal_tile
+from vrm_kernels.backends.triton.operands import store_coefficient, vertex_offset
 from vrm_kernels.backends.triton.select import kept_edges
 
 
-@triton.jit
-def _store_coefficient(out, x, part, mask, SPLIT: tl.constexpr):
-    """As an operand, or as the sum of two, ``part`` elements apart; returns what was written."""
-    high = x.to(out.dtype.element_ty)
-    tl.store(out, high, mask)
-    written = high.to(x.dtype)
-    if SPLIT:
-        low = (x - written).to(out.dtype.element_ty)
-        tl.store(out + part, low, mask)
-        written += low.to(x.dtype)
-    return written
+class Sums(NamedTuple):
+    """Of gamma and beta, over the tiles of a gradient block."""
+
+    rows: Tensor  # [2, tiles across, gradient block]
+    columns: Tensor  # [2, tiles down, n]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def epilogue_kernel(
     products,  # [3, block, stride]: of student, teacher, residual
     entropies,  # [block, stride]
-    student, teacher, stats, scale, threshold,
-    coefficients,  # out [parts, 2, gradient block, stride]: gamma, beta; zero but on certified edges
-    literals,  # out [3, gradient block, stride], where a tile has literal edges: see edge.literal_tile
-    flags,  # out [tiles of the gradient block]: whether it has
-    row_sums, column_sums,  # out [2, tiles across, gradient block], [2, tiles down, n]: of gamma and beta
+    logits, stats, scale, threshold,
+    found,  # out, of the gradient block: coefficients [parts, 2, .., stride] (gamma, beta), literals [3, .., stride]
+    sums,  # out, see above
     losses,  # out [tiles of the graph]
     first_row, rows, first_block_row,  # of products in the graph, how many, and in the gradient block
     block_rows, gradient_rows, tiles_down,  # capacities of the buffers
-    m, n, stride, first_b, vertices, dims, samples, classes, delta_high, delta_low, eps_high, eps_low,
+    m, n, stride, first_b, vertices, dims, samples, classes, delta, eps,
     BY_CLASS: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
     SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """All that follows from the three products of a tile of edges."""
-    T: tl.constexpr = student.dtype.element_ty
-    delta, eps = number(delta_high, delta_low, T), number(eps_high, eps_low, T)
+    """All that follows from the three products of a tile of edges; literals only of tiles that have literal edges."""
+    T: tl.constexpr = logits.student.dtype.element_ty
+    delta, eps = number(delta, T), number(eps, T)
     across = tl.num_programs(0)
     tile_i, tile_j = tl.program_id(1), tl.program_id(0)
     local = tile_i * ROWS + tl.arange(0, ROWS)
@@ -76,21 +65,21 @@ def epilogue_kernel(
     block_tile = first_block_row // ROWS + tile_i
     plane = wide(gradient_rows) * stride
     if NEED_GRAD:
-        out = coefficients + wide(first_block_row) * stride + at
-        gamma = _store_coefficient(out, gamma, 2 * plane, inside, SPLIT)
-        beta = _store_coefficient(out + plane, beta, 2 * plane, inside, SPLIT)
-        row = row_sums + wide(tile_j) * gradient_rows + first_block_row + local
+        out = found.coefficients + wide(first_block_row) * stride + at
+        gamma = store_coefficient(out, gamma, 2 * plane, inside, SPLIT)
+        beta = store_coefficient(out + plane, beta, 2 * plane, inside, SPLIT)
+        row = sums.rows + wide(tile_j) * gradient_rows + first_block_row + local
         tl.store(row, tl.sum(gamma, 1), local < rows)
         tl.store(row + wide(across) * gradient_rows, tl.sum(beta, 1), local < rows)
-        column = column_sums + wide(block_tile) * n + j
+        column = sums.columns + wide(block_tile) * n + j
         tl.store(column, tl.sum(gamma, 0), j < n)
         tl.store(column + wide(tiles_down) * n, tl.sum(beta, 0), j < n)
-        tl.store(flags + block_tile * across + tile_j, any_literal)
+        tl.store(found.flags + block_tile * across + tile_j, any_literal)
     if any_literal > 0:
         corner = wide(first_block_row + tile_i * ROWS) * stride + tile_j * COLUMNS
         total += literal_tile(
-            student, teacher, i, j, literal, inside, dims, samples, classes, first_b, delta, eps, literals + corner,
-            plane, stride, NEED_GRAD, BY_CLASS, ROWS, COLUMNS, DEPTH, T,
+            logits, samples, classes, dims, first_b, i, j, literal, inside, delta, eps,
+            found.literals + corner, plane, stride, NEED_GRAD, BY_CLASS, ROWS, COLUMNS, DEPTH, T,
         )  # fmt: skip
     tl.store(losses + (first_row // ROWS + tile_i) * across + tile_j, tl.sum(total, 0))
 
@@ -100,19 +89,19 @@ def combine_kernel(
     products,  # [terms, 2, owns, width]: gamma by the other side's vectors, beta by their residuals
     sums,  # [2, tiles, sums_stride]: of the own vertices' gamma and beta, over the other side
     packed,  # [roles, 3, vertices, packed_width]
-    student, teacher, scale, literals, flags, threshold, limits, counts, bad,
-    grads_a, grads_b,  # in/out [rows_a, C], [rows_b, C]
+    logits, scale, literals, flags, selection, bad,
+    grads,  # in/out [rows_a, C], [rows_b, C]
     owns, others, own_base, other_base,  # own vertices, other vertices, and the first of each
     split,  # own vertices from here on are rows or columns of grads_b
     tiles, sums_stride, tiles_stride, others_tiles, flag_own, flag_other, own_stride, other_stride, literal_plane,
-    vertices, dims, width, packed_width, samples, classes, delta_high, delta_low, weight_high, weight_low, all_edges,
-    graph, graphs, OWN_TILE: tl.constexpr, OTHER_TILE: tl.constexpr,
-    BY_CLASS: tl.constexpr, KEEP_ALL: tl.constexpr, TERMS: tl.constexpr, PACKED_TERMS: tl.constexpr,
+    vertices, dims, width, packed_width, samples, classes, delta, weight, all_edges, graph, graphs,
+    OWN_TILE: tl.constexpr, OTHER_TILE: tl.constexpr, BY_CLASS: tl.constexpr, KEEP_ALL: tl.constexpr,
+    TERMS: tl.constexpr, PACKED_TERMS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of the own vertices what their edges of a gradient block give them."""
-    T: tl.constexpr = student.dtype.element_ty
-    delta = number(delta_high, delta_low, T)
+    T: tl.constexpr = logits.student.dtype.element_ty
+    delta = number(delta, T)
     first = tl.program_id(0) * ROWS
     own, d = first + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = own < owns
@@ -137,29 +126,29 @@ def combine_kernel(
 
     stride = wide(classes) if BY_CLASS else 1
     raw = vertex_offset(own_base + own, samples, classes, BY_CLASS)[:, None] + d[None] * stride
-    own_s, own_t = tl.load(student + raw, mask, 0.0), tl.load(teacher + raw, mask, 0.0)
+    own_s, own_t = tl.load(logits.student + raw, mask, 0.0), tl.load(logits.teacher + raw, mask, 0.0)
     for tile in range(others_tiles):
         flagged = tl.load(flags + (own // OWN_TILE) * flag_own + tile * flag_other, inside, 0) > 0
         if tl.max(flagged.to(tl.int32), 0) > 0:
             start = tile * OTHER_TILE
             total += literal_gradient(
-                student, teacher, own_s, own_t, start, others, other_base + start, stride, d, dims, samples, classes,
+                logits, samples, classes, own_s, own_t, flagged, start, others, other_base + start, stride, d, dims,
                 delta, literals + wide(first) * own_stride + wide(start) * other_stride, literal_plane,
-                own_stride, other_stride, flagged, BY_CLASS, OTHER_TILE, T,
+                own_stride, other_stride, BY_CLASS, OTHER_TILE, T,
             )  # fmt: skip
     if KEEP_ALL:
         kept = all_edges
     else:
-        kept = kept_edges(threshold, limits, counts, graph, graphs)
-    total *= number(weight_high, weight_low, T) / (wide(kept).to(T) + COUNT_EPS)
+        kept = kept_edges(selection, graph, graphs)
+    total *= number(weight, T) / (wide(kept).to(T) + COUNT_EPS)
     total = tl.where(tl.load(bad) > 0, float("nan"), total)
 
     place = wide(own_out_of(own, own_base, split))[:, None]
     out = place + wide(d)[None] * classes if BY_CLASS else place * classes + d[None]
     in_a = mask & ((own_base + own) < split)[:, None]
     in_b = mask & ((own_base + own) >= split)[:, None]
-    tl.store(grads_a + out, tl.load(grads_a + out, in_a, 0.0) + total, in_a)
-    tl.store(grads_b + out, tl.load(grads_b + out, in_b, 0.0) + total, in_b)
+    tl.store(grads[0] + out, tl.load(grads[0] + out, in_a, 0.0) + total, in_a)
+    tl.store(grads[1] + out, tl.load(grads[1] + out, in_b, 0.0) + total, in_b)
 
 
 @triton.jit

@@ -8,9 +8,10 @@ import triton
 from torch import Tensor
 
 from vrm_kernels.backends.triton import plan, stages
-from vrm_kernels.backends.triton.blocks import combine_kernel, epilogue_kernel
-from vrm_kernels.backends.triton.prepare import split_kernel
-from vrm_kernels.backends.triton.stages import Block, Graph, Prepared, Problem, Selection, Selector, Totals
+from vrm_kernels.backends.triton.arrays import Found, Selection, Totals
+from vrm_kernels.backends.triton.blocks import Sums, combine_kernel, epilogue_kernel
+from vrm_kernels.backends.triton.operands import product, split_kernel
+from vrm_kernels.backends.triton.stages import Block, Graph, Prepared, Problem, Selector
 
 
 def run(problem: Problem, need_grad: bool, ranked: bool, prepared: Prepared) -> tuple[Totals, list[Tensor] | None]:
@@ -20,17 +21,6 @@ def run(problem: Problem, need_grad: bool, ranked: bool, prepared: Prepared) -> 
         prepared = stages.with_probs(prepared, None, None)
     selection = None if entropies is None else select(problem, prepared, entropies)
     return losses_and_gradients(problem, prepared, selection, entropies, need_grad)
-
-
-def product(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """``x [.., m, k]`` by ``y [.., n, k]`` transposed, accumulated in the dtype of ``out [.., m, n]``."""
-    multiply = torch.bmm if x.dim() == 3 else torch.mm
-    if x.dtype == out.dtype:
-        multiply(x, y.mT, out=out)
-    elif x.device.type == "cpu":  # a product of two short numbers is exact in float32
-        multiply(x.to(out.dtype), y.to(out.dtype).mT, out=out)
-    else:
-        multiply(x, y.mT, out_dtype=out.dtype, out=out)
 
 
 # ---- entropies ------------------------------------------------------------------------------------------------------
@@ -79,7 +69,7 @@ def _operand(problem: Problem, x: Tensor, graph: Graph, vertices: int, role: int
     out = problem.new(vertices, terms * width, dtype=problem.precision.operand)
     grid = (triton.cdiv(vertices, plan.SPLIT["ROWS"]), triton.cdiv(width, plan.SPLIT["BLOCK"]))
     split_kernel[grid](
-        x, out, vertices, depth, width, problem.samples, x.shape[1],
+        x=x, out=out, rows=vertices, dims=depth, width=width, samples=problem.samples, classes=x.shape[1],
         BY_CLASS=graph.by_class, ROLE=role, TERMS=terms, **plan.SPLIT,
     )  # fmt: skip
     return out
@@ -99,14 +89,11 @@ def select(problem: Problem, prepared: Prepared, entropies: list[Entropies]) -> 
 
 
 class Buffers(NamedTuple):
-    """Of one graph; those from ``coefficients`` on of a gradient block, empty without gradients."""
+    """Of one graph; ``found`` and ``sums`` of a gradient block, empty without gradients."""
 
     products: Tensor  # [3, edge block, stride]
-    coefficients: Tensor  # [parts, 2, gradient block, stride]: gamma, beta
-    literals: Tensor  # [3, gradient block, stride]
-    flags: Tensor  # [tiles down, tiles across]
-    row_sums: Tensor  # [2, tiles across, gradient block]
-    column_sums: Tensor  # [2, tiles down, n]
+    found: Found  # [parts, 2, gradient block, stride]: gamma, beta; [3, gradient block, stride]; [tiles down, across]
+    sums: Sums
 
 
 def losses_and_gradients(
@@ -139,9 +126,7 @@ def _graph(problem, prepared, k: int, selection, entropies, losses: Tensor, grad
     buffers = _buffers(problem, graph, blocks, grads is not None)
     a = packed[0, :, : graph.m]
     b = packed[-1, :, graph.first_b : graph.first_b + graph.n]
-    threshold, limits, counts = stages.selection_tensors(selection, scale, prepared.bad)
-    if selection is not None:
-        threshold = threshold[k:]
+    chosen = stages.or_stand_ins(selection, scale, prepared.bad)
     delta, eps = stages.split_float(problem.delta), stages.split_float(problem.eps)
     for first, edge_blocks in blocks.starts(graph.m):
         for row, count in edge_blocks:
@@ -152,16 +137,17 @@ def _graph(problem, prepared, k: int, selection, entropies, losses: Tensor, grad
                 triton.cdiv(count, plan.EPILOGUE["ROWS"]),
             )
             epilogue_kernel[grid](
-                buffers.products, values, prepared.student, prepared.teacher, stats, scale, threshold,
-                *buffers[1:], losses, row, count, row - first, blocks.edges, blocks.gradients,
-                buffers.flags.shape[0], graph.m, graph.n, blocks.stride, graph.first_b, graph.vertices, graph.dims,
-                problem.samples, problem.classes, *delta, *eps, BY_CLASS=graph.by_class,
-                EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=selection is None, NEED_GRAD=grads is not None,
-                SPLIT=precision.gradient_terms == 3, **plan.EPILOGUE,
+                products=buffers.products, entropies=values, logits=prepared.logits, stats=stats, scale=scale,
+                threshold=chosen.threshold if selection is None else chosen.threshold[k:], found=buffers.found,
+                sums=buffers.sums, losses=losses, first_row=row, rows=count, first_block_row=row - first,
+                block_rows=blocks.edges, gradient_rows=blocks.gradients, tiles_down=buffers.found.flags.shape[0],
+                m=graph.m, n=graph.n, stride=blocks.stride, first_b=graph.first_b, vertices=graph.vertices,
+                dims=graph.dims, samples=problem.samples, classes=problem.classes, delta=delta, eps=eps,
+                BY_CLASS=graph.by_class, EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=selection is None,
+                NEED_GRAD=grads is not None, SPLIT=precision.gradient_terms == 3, **plan.EPILOGUE,
             )  # fmt: skip
         if grads is not None:
             rows = sum(count for _, count in edge_blocks)
-            chosen = (threshold, limits, counts) if selection is None else (selection.threshold, limits, counts)
             _gradients(
                 problem, prepared, k, blocks, buffers, packed, scale, chosen, selection is None, first, rows, grads
             )
@@ -174,12 +160,31 @@ def _buffers(problem: Problem, graph: Graph, blocks: plan.Blocks, need_grad: boo
     rows = blocks.gradients if need_grad else 0
     return Buffers(
         problem.new(3, blocks.edges, blocks.stride),
-        problem.new(parts, 2, rows, blocks.stride, dtype=problem.precision.operand),
-        problem.new(3, rows, blocks.stride),
-        problem.new(down, across, dtype=torch.int32),
-        problem.new(2, across, rows),
-        problem.new(2, down if need_grad else 0, graph.n),
+        Found(
+            problem.new(parts, 2, rows, blocks.stride, dtype=problem.precision.operand),
+            problem.new(3, rows, blocks.stride),
+            problem.new(down, across, dtype=torch.int32),
+        ),
+        Sums(problem.new(2, across, rows), problem.new(2, down if need_grad else 0, graph.n)),
     )
+
+
+class Side(NamedTuple):
+    """The vertices whose gradient a launch adds to, as the kernel names it; strides are of flags and of literals."""
+
+    owns: int
+    own_base: int
+    others: int
+    other_base: int
+    tiles: int  # of the sums
+    tiles_stride: int
+    others_tiles: int
+    flag_own: int
+    flag_other: int
+    own_stride: int
+    other_stride: int
+    OWN_TILE: int
+    OTHER_TILE: int
 
 
 def _gradients(problem, prepared, k, blocks, buffers, packed, scale, chosen, keep_all, first, rows, grads) -> None:
@@ -187,36 +192,37 @@ def _gradients(problem, prepared, k, blocks, buffers, packed, scale, chosen, kee
     graph, precision, width = problem.graphs[k], problem.precision, problem.graphs[k].width
     vectors = packed[0, ::2]  # student and residual: by gamma, and by beta
     others = slice(graph.first_b, graph.first_b + graph.n)
-    coefficients = buffers.coefficients[..., :rows, : graph.n]
+    coefficients = buffers.found.coefficients[..., :rows, : graph.n]
     tile_rows, tile_columns = plan.EPILOGUE["ROWS"], plan.EPILOGUE["COLUMNS"]
-    down, across = buffers.flags.shape
+    down, across = buffers.found.flags.shape
     used = triton.cdiv(rows, tile_rows)
-    # (own vertices, their first, other vertices, their first, coefficients, sums and how many and how far apart, tiles
-    # of the others, strides of flags and of literals, tile sizes)
-    sides = (
-        (rows, first, graph.n, graph.first_b, coefficients, vectors[:, others], buffers.row_sums, across, across,
-         across, across, 1, blocks.stride, 1, tile_rows, tile_columns),
-        (graph.n, graph.first_b, rows, first, coefficients.mT, vectors[:, first : first + rows], buffers.column_sums,
-         used, down, used, 1, across, 1, blocks.stride, tile_columns, tile_rows),
+    of_rows = Side(
+        owns=rows, own_base=first, others=graph.n, other_base=graph.first_b, tiles=across, tiles_stride=across,
+        others_tiles=across, flag_own=across, flag_other=1, own_stride=blocks.stride, other_stride=1,
+        OWN_TILE=tile_rows, OTHER_TILE=tile_columns,
     )  # fmt: skip
-    split = graph.vertices // 2 if problem.complete else graph.first_b
-    weight = stages.split_float(problem.weights[k])
-    for (
-        owns, own_base, count, other_base, weights, values, sums, tiles, tiles_stride, other_tiles, flag_own,
-        flag_other, own_stride, other_stride, own_tile, other_tile,
-    ) in sides:  # fmt: skip
-        out = problem.new(precision.gradient_terms, 2, owns, width)
+    of_columns = Side(
+        owns=graph.n, own_base=graph.first_b, others=rows, other_base=first, tiles=used, tiles_stride=down,
+        others_tiles=used, flag_own=1, flag_other=across, own_stride=1, other_stride=blocks.stride,
+        OWN_TILE=tile_columns, OTHER_TILE=tile_rows,
+    )  # fmt: skip
+    for side, weights, values, sums in (
+        (of_rows, coefficients, vectors[:, others], buffers.sums.rows),
+        (of_columns, coefficients.mT, vectors[:, first : first + rows], buffers.sums.columns),
+    ):
+        out = problem.new(precision.gradient_terms, 2, side.owns, width)
         product(weights[0], values[..., :width].mT, out[0])
         if precision.gradient_terms == 3:
             product(weights[1], values[..., :width].mT, out[1])
             product(weights[0], values[..., width : 2 * width].mT, out[2])
-        grid = (triton.cdiv(owns, plan.COMBINE["ROWS"]), triton.cdiv(graph.dims, plan.COMBINE["BLOCK"]))
+        grid = (triton.cdiv(side.owns, plan.COMBINE["ROWS"]), triton.cdiv(graph.dims, plan.COMBINE["BLOCK"]))
         combine_kernel[grid](
-            out, sums, packed, prepared.student, prepared.teacher, scale, buffers.literals, buffers.flags, *chosen,
-            prepared.bad, *grads, owns, count, own_base, other_base, split, tiles, sums.shape[2], tiles_stride,
-            other_tiles, flag_own, flag_other, own_stride, other_stride, buffers.literals.stride(0), graph.vertices,
-            graph.dims, width, packed.shape[3], problem.samples, problem.classes,
-            *stages.split_float(problem.delta), *weight, problem.edge_count(graph), k, len(problem.graphs),
-            OWN_TILE=own_tile, OTHER_TILE=other_tile, BY_CLASS=graph.by_class, KEEP_ALL=keep_all,
-            TERMS=precision.gradient_terms, PACKED_TERMS=precision.terms, **plan.COMBINE,
+            products=out, sums=sums, packed=packed, logits=prepared.logits, scale=scale,
+            literals=buffers.found.literals, flags=buffers.found.flags, selection=chosen, bad=prepared.bad,
+            grads=tuple(grads), **side._asdict(), split=graph.vertices // 2 if problem.complete else graph.first_b,
+            sums_stride=sums.shape[2], literal_plane=buffers.found.literals.stride(0), vertices=graph.vertices,
+            dims=graph.dims, width=width, packed_width=packed.shape[3], samples=problem.samples,
+            classes=problem.classes, delta=stages.split_float(problem.delta), weight=problem.weight_parts[k],
+            all_edges=problem.edge_count(graph), graph=k, graphs=len(problem.graphs), BY_CLASS=graph.by_class,
+            KEEP_ALL=keep_all, TERMS=precision.gradient_terms, PACKED_TERMS=precision.terms, **plan.COMBINE,
         )  # fmt: skip

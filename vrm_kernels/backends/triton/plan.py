@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD
+
 # Multiply-adds of one product of both graphs, up to which launches cost more than arithmetic: see docs/triton.md.
 FUSED_ELEMENTS = 2**27
 # Vertices' components from which the roundings of bfloat16 operands average out below the error that is asked for.
@@ -18,8 +20,6 @@ EDGE_BLOCK_ROWS = 256
 # Of the coefficients of a gradient block, and what the literal edges in it need.
 GRADIENT_BLOCK_BYTES = 2**28
 
-# Spelled out: its default is to change.
-FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
 # Meta-parameters: the constants of each kernel, and how many warps and stages it is compiled for.
 PREPARE = {"ROW_BLOCK": 1024, "ROWS": 64, "COLUMNS": 32, "num_warps": 4, **FUSED_MULTIPLY_ADD}
 PACK = {"ROWS": 16, "BLOCK": 64, "num_warps": 4, **FUSED_MULTIPLY_ADD}
@@ -39,9 +39,9 @@ WIDTH_MULTIPLE = 32  # of the operands' components: of every DEPTH of a product
 class Precision:
     """How products are computed.
 
-    ``operand`` is the dtype of their operands, sums of ``terms`` of which stand for a number (see
-    ``prepare.store_operand``); ``dot`` is what ``tl.dot`` is told. The entropies rank edges, so that their operands are
-    sums of more, and the gradient is rounded to the logits' dtype, so that its are of fewer.
+    Their operands are numbers of the dtype ``operand``, sums of ``terms`` of which stand for a component (see
+    ``operands.store_operand``); ``dot`` is what ``tl.dot`` is told. The entropies rank edges, so theirs are sums of
+    more; the gradient is rounded to the logits' dtype, so its are sums of fewer.
     """
 
     compute: torch.dtype

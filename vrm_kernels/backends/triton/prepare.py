@@ -3,31 +3,18 @@
 import triton
 import triton.language as tl
 
-from vrm_kernels.backends.triton.edge import SIZES, can_be_squared, is_finite, vertex_offset, wide
+from vrm_kernels.backends.triton.arrays import SIZES
+from vrm_kernels.backends.triton.edge import can_be_squared, exponential, is_finite, wide
+from vrm_kernels.backends.triton.operands import store_operand, vertex_offset
 from vrm_kernels.graph import constants
 
 ENTROPY_EPS = tl.constexpr(constants.ENTROPY_EPS)
-LOG2_E = tl.constexpr(1.4426950408889634)
-# ln 2 in two parts, of which the first has so few bits that its products with whole numbers are exact.
-LN2_HIGH, LN2_LOW = tl.constexpr(0.693359375), tl.constexpr(-2.12194440054690583e-4)
-
-
-@triton.jit
-def exponential(x):
-    """exp(x), x <= 0, to two roundings; ``tl.exp`` loses digits in proportion to ``|x|`` in float32."""
-    if x.dtype == tl.float64:
-        y = tl.exp(x)
-    else:
-        whole = tl.floor(x * LOG2_E + 0.5)
-        rest = (x - whole * LN2_HIGH) - whole * LN2_LOW
-        y = tl.exp2(rest * LOG2_E) * tl.exp2(tl.maximum(whole, -160.0))
-    return y
 
 
 @triton.jit
 def _row(
-    student, student_stride, teacher, teacher_stride, row, rows, classes, stacked_student, stacked_teacher, probs,
-    surprisals, moments, bad, SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    student, student_stride, teacher, teacher_stride, row, rows, classes, logits, probs, surprisals, moments, bad,
+    SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """One row of one view: stack it, take its softmax and its moments, and look for what cannot be squared."""
     out = wide(row) * classes
@@ -40,8 +27,8 @@ def _row(
         mask = c < classes
         s = tl.load(student + wide(c) * student_stride, mask, 0.0).to(T)
         t = tl.load(teacher + wide(c) * teacher_stride, mask, 0.0).to(T)
-        tl.store(stacked_student + out + c, s, mask)
-        tl.store(stacked_teacher + out + c, t, mask)
+        tl.store(logits.student + out + c, s, mask)
+        tl.store(logits.teacher + out + c, t, mask)
         fine = tl.minimum(fine, (can_be_squared(s) & can_be_squared(t)).to(tl.int32))
         top = tl.maximum(top, tl.where(mask, s, float("-inf")))
         sum_s += s
@@ -75,46 +62,46 @@ def _row(
 
 
 @triton.jit
-def _column_moments(x, row_stride, column_stride, first, last, c, classes, out, T: tl.constexpr, ROWS: tl.constexpr):
+def _column_moments(x, strides, first, last, c, classes, T: tl.constexpr, ROWS: tl.constexpr):
     """Mean and sum of squared deviations of rows ``first`` to ``last`` of the columns ``c``."""
     total = tl.zeros([ROWS, c.shape[0]], T)
-    columns = wide(c)[None] * column_stride
+    columns = wide(c)[None] * strides[1]
     for start in range(first, last, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < last)[:, None] & (c < classes)[None]
-        total += tl.load(x + wide(r)[:, None] * row_stride + columns, mask, 0.0).to(T)
+        total += tl.load(x + wide(r)[:, None] * strides[0] + columns, mask, 0.0).to(T)
     mean = tl.sum(total, 0) / (last - first)
     total = tl.zeros([ROWS, c.shape[0]], T)
     for start in range(first, last, ROWS):
         r = start + tl.arange(0, ROWS)
         mask = (r < last)[:, None] & (c < classes)[None]
-        x_r = tl.load(x + wide(r)[:, None] * row_stride + columns, mask, 0.0).to(T) - mean[None]
+        x_r = tl.load(x + wide(r)[:, None] * strides[0] + columns, mask, 0.0).to(T) - mean[None]
         total += tl.where(mask, x_r * x_r, 0.0)
     return mean, tl.sum(total, 0)
 
 
 @triton.jit
 def _columns(
-    student, student_row, student_column, teacher, teacher_row, teacher_column, first, last, c, classes, slab, slabs,
-    moments, T: tl.constexpr, ROWS: tl.constexpr,
+    student, student_strides, teacher, teacher_strides, first, last, c, classes, slab, slabs, moments,
+    T: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The moments of a slab of rows of some columns, of student and teacher."""
     mask = c < classes
     out = moments + wide(slab) * classes + c
     plane = wide(slabs) * classes
-    mean, m2 = _column_moments(student, student_row, student_column, first, last, c, classes, out, T, ROWS)
+    mean, m2 = _column_moments(student, student_strides, first, last, c, classes, T, ROWS)
     tl.store(out, mean, mask)
     tl.store(out + plane, m2, mask)
-    mean, m2 = _column_moments(teacher, teacher_row, teacher_column, first, last, c, classes, out, T, ROWS)
+    mean, m2 = _column_moments(teacher, teacher_strides, first, last, c, classes, T, ROWS)
     tl.store(out + 2 * plane, mean, mask)
     tl.store(out + 3 * plane, m2, mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare_kernel(
-    a, b, teacher_a, teacher_b,  # [m, C], [n, C], [m, C], [n, C], any dtype and strides
-    a_row, a_column, b_row, b_column, teacher_a_row, teacher_a_column, teacher_b_row, teacher_b_column,
-    student, teacher,  # out [m + n, C]
+    sides,  # student [m, C], [n, C], teacher [m, C], [n, C], any dtype
+    strides,  # of each its row's and its column's
+    logits,  # out [m + n, C]
     probs, surprisals,  # out [m + n, C]: P and -log(P + 1e-7), if SOFTMAX
     row_moments,  # out [4, m + n]: mean and squared deviations of student, then teacher, if SOFTMAX
     column_moments,  # out [4, slabs, C]: the same of the columns, for each slab of rows
@@ -123,19 +110,21 @@ def prepare_kernel(
     SOFTMAX: tl.constexpr, ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One program a row, and one a tile of columns of a slab of rows."""
-    T: tl.constexpr = student.dtype.element_ty
+    T: tl.constexpr = logits.student.dtype.element_ty
     job = tl.program_id(0)
     rows = m + n
+    a, b, teacher_a, teacher_b = sides[0], sides[1], sides[2], sides[3]
+    of_a, of_b, of_teacher_a, of_teacher_b = strides[0], strides[1], strides[2], strides[3]
     if job < m:
         _row(
-            a + wide(job) * a_row, a_column, teacher_a + wide(job) * teacher_a_row, teacher_a_column,
-            job, rows, classes, student, teacher, probs, surprisals, row_moments, bad, SOFTMAX, ROW_BLOCK, T,
+            a + wide(job) * of_a[0], of_a[1], teacher_a + wide(job) * of_teacher_a[0], of_teacher_a[1],
+            job, rows, classes, logits, probs, surprisals, row_moments, bad, SOFTMAX, ROW_BLOCK, T,
         )  # fmt: skip
     elif job < rows:
         row = (job - m).to(tl.int64)
         _row(
-            b + row * b_row, b_column, teacher_b + row * teacher_b_row, teacher_b_column,
-            job, rows, classes, student, teacher, probs, surprisals, row_moments, bad, SOFTMAX, ROW_BLOCK, T,
+            b + row * of_b[0], of_b[1], teacher_b + row * of_teacher_b[0], of_teacher_b[1],
+            job, rows, classes, logits, probs, surprisals, row_moments, bad, SOFTMAX, ROW_BLOCK, T,
         )  # fmt: skip
     else:
         tile = (job - rows) // slabs
@@ -145,15 +134,13 @@ def prepare_kernel(
             first = slab * slab_rows
             last = tl.minimum(first + slab_rows, m)
             _columns(
-                a, a_row, a_column, teacher_a, teacher_a_row, teacher_a_column, first, last, c, classes, slab, slabs,
-                column_moments, T, ROWS,
+                a, of_a, teacher_a, of_teacher_a, first, last, c, classes, slab, slabs, column_moments, T, ROWS,
             )  # fmt: skip
         else:
             first = (slab - slabs_a) * slab_rows
             last = tl.minimum(first + slab_rows, n)
             _columns(
-                b, b_row, b_column, teacher_b, teacher_b_row, teacher_b_column, first, last, c, classes, slab, slabs,
-                column_moments, T, ROWS,
+                b, of_b, teacher_b, of_teacher_b, first, last, c, classes, slab, slabs, column_moments, T, ROWS,
             )  # fmt: skip
 
 
@@ -211,48 +198,12 @@ def student_scale(moments, dims, m, n, slab_rows, slabs_a, slabs, T: tl.constexp
 
 
 @triton.jit
-def round_tf32(x):
-    """To the 11 significant bits that TF32 products read, to nearest: read as they are, the rest would be cut off."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_operand(
-    out, role, x, d, width, mask, TERMS: tl.constexpr, ROUND_TF32: tl.constexpr
-):  # fmt: skip
-    """Write ``x`` as the operand of a product, and return what was written.
-
-    With three terms a number is a sum ``high + low`` of two short ones, and the operands' components are laid out
-    ``[high, low, high]`` on one side (role 0) and ``[high, high, low]`` on the other (role 1, ``role`` elements on):
-    the product along all of them is that of the sums, but for ``low low``.
-    """
-    T: tl.constexpr = x.dtype
-    S: tl.constexpr = out.dtype.element_ty
-    x = tl.where(is_finite(x), x, 0.0)  # what is not is never read as an edge, but a zero times it would be NaN
-    if ROUND_TF32:
-        x = round_tf32(x)
-    high = x.to(S)
-    tl.store(out + d, high, mask)
-    written = high.to(T)
-    if TERMS > 1:
-        low = (x - written).to(S)
-        tl.store(out + d + width, low, mask)
-        tl.store(out + d + 2 * width, high, mask)
-        tl.store(out + role + d, high, mask)
-        tl.store(out + role + d + width, high, mask)
-        tl.store(out + role + d + 2 * width, low, mask)
-        written += low.to(T)
-    return written
-
-
-@triton.jit
 def _pack(
-    tile, student, teacher, moments, packed, stats, scale_out, vertices, dims, width, samples, classes, m, n,
-    slab_rows, slabs_a, slabs,
+    tile, logits, moments, packed, stats, scale_out, vertices, dims, width, samples, classes, m, n, slab_rows, slabs_a,
+    slabs,
     BY_CLASS: tl.constexpr, TERMS: tl.constexpr, ROUND_TF32: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    T: tl.constexpr = student.dtype.element_ty
+    T: tl.constexpr = logits.student.dtype.element_ty
     v = tile * ROWS + tl.arange(0, ROWS)
     inside = v < vertices
     at = vertex_offset(v, samples, classes, BY_CLASS)
@@ -272,8 +223,8 @@ def _pack(
         components = at[:, None] + d[None] * stride
         mean_s = _mean(moments, d, dims, m, n, slab_rows, slabs_a, slabs, T)
         mean_t = _mean(means_t, d, dims, m, n, slab_rows, slabs_a, slabs, T)
-        s = tl.where(mask, (tl.load(student + components, mask, 0.0) - mean_s[None]) * scale, 0.0)
-        t = tl.where(mask, tl.load(teacher + components, mask, 0.0) - mean_t[None], 0.0)
+        s = tl.where(mask, (tl.load(logits.student + components, mask, 0.0) - mean_s[None]) * scale, 0.0)
+        t = tl.where(mask, tl.load(logits.teacher + components, mask, 0.0) - mean_t[None], 0.0)
         w = s - t
         write = inside[:, None] & (d < width)[None]
         kept_s = store_operand(row, role, s, d[None], width, write, TERMS, ROUND_TF32)
@@ -295,10 +246,10 @@ def _pack(
 
 @triton.jit(do_not_specialize=SIZES)
 def pack_kernel(
-    student, teacher,  # [.., C] stacked
-    moments_0, moments_1,  # [4, slabs, dims] of each graph
-    packed_0, packed_1,  # out [roles, 3, vertices, TERMS * width]: student, teacher, residual
-    stats_0, stats_1,  # out [5, vertices]
+    logits,
+    moments,  # of each graph [4, slabs, dims]
+    packed,  # out, of each graph [roles, 3, vertices, TERMS * width]: student, teacher, residual
+    stats,  # out, of each graph [5, vertices]
     scale,  # out [2]
     vertices_0, vertices_1, dims_0, dims_1, width_0, width_1, samples, classes, m, n, slab_rows, slabs_a, slabs,
     tiles_0,
@@ -311,41 +262,11 @@ def pack_kernel(
     tile = tl.program_id(0)
     if tile < tiles_0:
         _pack(
-            tile, student, teacher, moments_0, packed_0, stats_0, scale, vertices_0, dims_0, width_0, samples, classes,
+            tile, logits, moments[0], packed[0], stats[0], scale, vertices_0, dims_0, width_0, samples, classes,
             m, n, slab_rows, slabs_a, slabs, False, TERMS, ROUND_TF32, ROWS, BLOCK,
         )  # fmt: skip
     else:  # a column has one slab in each view
         _pack(
-            tile - tiles_0, student, teacher, moments_1, packed_1, stats_1, scale + 1, vertices_1, dims_1, width_1,
+            tile - tiles_0, logits, moments[1], packed[1], stats[1], scale + 1, vertices_1, dims_1, width_1,
             samples, classes, classes, classes, classes, 1, 2, True, TERMS, ROUND_TF32, ROWS, BLOCK,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES)
-def split_kernel(
-    x,  # [.., C] stacked
-    out,  # [rows, TERMS * width]
-    rows, dims, width, samples, classes,
-    BY_CLASS: tl.constexpr, ROLE: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The first vertices of ``x`` as an operand of sums of two (3 TERMS) or three (6 TERMS) short numbers."""
-    T: tl.constexpr = x.dtype.element_ty
-    S: tl.constexpr = out.dtype.element_ty
-    v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    stride = wide(classes) if BY_CLASS else 1
-    at = vertex_offset(v, samples, classes, BY_CLASS)
-    value = tl.load(x + at[:, None] + d[None] * stride, (v < rows)[:, None] & (d < dims)[None], 0.0)
-    high = value.to(S)
-    middle = (value - high.to(T)).to(S)
-    low = (value - high.to(T) - middle.to(T)).to(S)
-    to = out + wide(v)[:, None] * (TERMS * width) + d[None]
-    mask = (v < rows)[:, None] & (d < width)[None]
-    # Term by term: high high, high middle, middle high; and middle middle, high low, low high.
-    tl.store(to, high, mask)
-    tl.store(to + width, high if ROLE == 0 else middle, mask)
-    tl.store(to + 2 * width, middle if ROLE == 0 else high, mask)
-    if TERMS == 6:
-        tl.store(to + 3 * width, middle, mask)
-        tl.store(to + 4 * width, high if ROLE == 0 else low, mask)
-        tl.store(to + 5 * width, low if ROLE == 0 else high, mask)

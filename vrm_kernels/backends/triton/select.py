@@ -12,7 +12,8 @@ rank the digits found (``prefix``), its rank among the keys that begin so, and h
 import triton
 import triton.language as tl
 
-from vrm_kernels.backends.triton.edge import SIZES, number, wide
+from vrm_kernels.backends.triton.arrays import SIZES
+from vrm_kernels.backends.triton.edge import number, wide
 
 BINS = tl.constexpr(2048)
 # (shift, width) of the digits, highest first.
@@ -123,9 +124,10 @@ def _count_next(
 
 @triton.jit(do_not_specialize=SIZES)
 def histogram_kernel(
-    values_0, values_1,  # entropies of each graph: [rows, row_stride], of which `columns` are edges
-    columns_0, columns_1, count_0, count_1, row_stride_0, row_stride_1,
-    first_row,  # of values_0, in its graph
+    values,  # entropies of each graph: [rows, row_stride], of which `columns` are edges
+    columns_0, columns_1, count_0, count_1,
+    row_strides,  # of each graph
+    first_row,  # of the first values, in its graph
     histograms, state,  # [graphs, passes, 2, 2048], [graphs, passes, 2, 3]
     low_rank_0, high_rank_0, low_rank_1, high_rank_1, jobs_0,
     PASS: tl.constexpr, PASSES: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, PREVIOUS: tl.constexpr,
@@ -135,12 +137,12 @@ def histogram_kernel(
     job = tl.program_id(0)
     if job < jobs_0:
         _count_next(
-            values_0, columns_0, count_0, row_stride_0, first_row, histograms, state, low_rank_0, high_rank_0, job,
+            values[0], columns_0, count_0, row_strides[0], first_row, histograms, state, low_rank_0, high_rank_0, job,
             PASS, SHIFT, WIDTH, PREVIOUS, EXCLUDE_SELF, BLOCK,
         )  # fmt: skip
     else:
         _count_next(
-            values_1, columns_1, count_1, row_stride_1, 0, histograms + PASSES * 2 * BINS, state + PASSES * 6,
+            values[1], columns_1, count_1, row_strides[1], 0, histograms + PASSES * 2 * BINS, state + PASSES * 6,
             low_rank_1, high_rank_1, job - jobs_0, PASS, SHIFT, WIDTH, PREVIOUS, EXCLUDE_SELF, BLOCK,
         )  # fmt: skip
 
@@ -178,7 +180,9 @@ def finish_kernel(
     histograms, state, bad,
     limits,  # out [3, graphs]: the two order statistics, and the weight between them
     counts,  # out [2, graphs] int64: how many entropies are at or below each
-    low_rank_0, high_rank_0, low_rank_1, high_rank_1, weight_0, weight_0_rest, weight_1, weight_1_rest, graphs,
+    low_rank_0, high_rank_0, low_rank_1, high_rank_1,
+    weights,  # of the high rank, of each graph
+    graphs,
     PASSES: tl.constexpr,
 ):  # fmt: skip
     """After the last pass; one program a graph. Anything not finite makes NaN of the threshold, which keeps no edge."""
@@ -189,7 +193,7 @@ def finish_kernel(
     low_rank, high_rank = tl.where(graph == 0, low_rank_0, low_rank_1), tl.where(graph == 0, high_rank_0, high_rank_1)
     low, high = _after(histograms, state, low_rank, high_rank, PASSES - 1, 0)
     sound = tl.load(bad) == 0
-    weight = tl.where(graph == 0, number(weight_0, weight_0_rest, T), number(weight_1, weight_1_rest, T))
+    weight = tl.where(graph == 0, number(weights[0], T), number(weights[1], T))
     tl.store(limits + graph, tl.where(sound, from_key(low[0], T), float("nan")))
     tl.store(limits + graphs + graph, tl.where(sound, from_key(high[0], T), float("nan")))
     tl.store(limits + 2 * graphs + graph, weight)
@@ -198,7 +202,7 @@ def finish_kernel(
 
 
 @triton.jit
-def kept_edges(threshold, limits, counts, graph, graphs):
+def kept_edges(selection, graph, graphs):
     """The number of edges at or below the threshold: no entropy lies between the two order statistics."""
-    reached = tl.load(threshold + graph) >= tl.load(limits + graphs + graph)
-    return tl.where(reached, tl.load(counts + graphs + graph), tl.load(counts + graph))
+    reached = tl.load(selection.threshold + graph) >= tl.load(selection.limits + graphs + graph)
+    return tl.where(reached, tl.load(selection.counts + graphs + graph), tl.load(selection.counts + graph))

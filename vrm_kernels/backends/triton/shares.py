@@ -11,8 +11,10 @@ from torch import Tensor
 
 from vrm_kernels.backends.contract import ShareSettings, Sides
 from vrm_kernels.backends.triton import large, plan, small, stages
+from vrm_kernels.backends.triton.arrays import Selection
+from vrm_kernels.backends.triton.operands import product
 from vrm_kernels.backends.triton.select import BINS, count_kernel
-from vrm_kernels.backends.triton.stages import Graph, Problem, Selection
+from vrm_kernels.backends.triton.stages import Graph, Problem
 from vrm_kernels.graph import selection
 
 
@@ -20,7 +22,7 @@ def entropy_of_logs(probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
     """As :func:`vrm_kernels.graph.pruning.entropy_of_logs`, in rows as far apart as pairwise buffers."""
     m, n = len(probs_a), len(log_probs_b)
     entropy = probs_a.new_empty(m, plan.row_stride(n))[:, :n]
-    large.product(probs_a, log_probs_b, entropy)
+    product(probs_a, log_probs_b, entropy)
     return entropy.neg_()
 
 
@@ -32,7 +34,8 @@ def count_digits(x: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
     counts = prefixes.new_zeros(1 if leading else 2, 2**bits)
     with stages.on_device(x.device):
         count_kernel[(triton.cdiv(x.numel(), plan.HISTOGRAM["BLOCK"]),)](
-            x, x.shape[1], x.numel(), x.stride(0), prefixes, counts, LEADING=leading, SHIFT=shift, WIDTH=bits,
+            values=x, columns=x.shape[1], count=x.numel(), row_stride=x.stride(0), prefixes=prefixes,
+            histograms=counts, LEADING=leading, SHIFT=shift, WIDTH=bits,
             **plan.HISTOGRAM,
         )  # fmt: skip
     return counts.expand(2, -1)
@@ -65,9 +68,10 @@ def relation_share(sides: Sides, entropy: Tensor | None, settings: ShareSettings
         if entropy is not None:
             # Copies, since a kernel is compiled apart for numbers that do not lie on 16 bytes.
             limits = threshold.repeat(2)
-            chosen = Selection(limits, limits, kept.repeat(2), entropy.contiguous() if fused else None)
+            chosen = Selection(limits, limits, kept.repeat(2))
         if fused:
-            totals, parts = small.losses_and_gradients(problem, prepared, chosen, bool(grads))
+            whole = None if entropy is None else entropy.contiguous()
+            totals, parts = small.losses_and_gradients(problem, prepared, chosen, whole, bool(grads))
         else:
             stored = None if entropy is None else [_Stored(entropy)]
             totals, parts = large.losses_and_gradients(problem, prepared, chosen, stored, bool(grads))

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from vrm_kernels.backends.triton import plan
+from vrm_kernels.backends.triton.arrays import Logits, Selection, Totals
 from vrm_kernels.backends.triton.fused import total_kernel
 from vrm_kernels.backends.triton.prepare import pack_kernel, prepare_kernel
 from vrm_kernels.backends.triton.select import DIGITS, finish_kernel, histogram_kernel
@@ -72,6 +73,11 @@ class Problem:
     def device(self) -> torch.device:
         return self.sides[0].device
 
+    @property
+    def weight_parts(self) -> tuple[tuple[float, float], ...]:
+        """Of two graphs, as kernels take numbers."""
+        return split_float(self.weights[0]), split_float(self.weights[-1])
+
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.precision.compute, device=self.device)
 
@@ -83,31 +89,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The logits stacked ``[rows_a + rows_b, C]``, and what the stages after need of them."""
+    """The logits of both views stacked, and what the stages after need of them."""
 
-    student: Tensor
-    teacher: Tensor
+    logits: Logits
     probs: Tensor | None  # [rows_a + rows_b, C], or of side a [M, K]
     surprisals: Tensor | None  # -log(P + 1e-7): of side a on [rows_a + rows_b, C], or of side b [N, K]
     moments: tuple[Tensor, Tensor]  # [4, slabs, dims] of each graph
     slabs: tuple[int, int, int]  # rows a slab, slabs of side a, slabs
     bad: Tensor  # [1] int32: 1 if anything is not finite
     histograms: Tensor  # [graphs, passes, 2, 2048] int64, zeros
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which edges are kept: ``entropy <= threshold``; ``None`` stands for all of them.
-
-    ``threshold [graphs]`` lies between the order statistics ``limits[0]`` and ``limits[1]``, at or below which there
-    are ``counts [2, graphs]`` entropies. With a threshold and kept counts from elsewhere, ``limits`` are any numbers
-    and both rows of ``counts`` are the kept counts.
-    """
-
-    threshold: Tensor
-    limits: Tensor
-    counts: Tensor
-    entropies: Tensor | None = None  # of every edge, where they are kept
 
 
 def split_float(x: float) -> tuple[float, float]:
@@ -127,25 +117,22 @@ def prepare(problem: Problem, softmax: bool) -> Prepared:
     slab_rows = max(256, triton.cdiv(max(m, n), 16))
     slabs_a = triton.cdiv(m, slab_rows)
     slabs = slabs_a + triton.cdiv(n, slab_rows)
-    stacked = [problem.new(m + n, classes) for _ in range(4 if softmax else 2)]
-    student, teacher = stacked[:2]
-    probs, surprisals = stacked[2:] if softmax else (student, student)
+    logits = Logits(problem.new(m + n, classes), problem.new(m + n, classes))
+    probs, surprisals = (problem.new(m + n, classes) if softmax else logits.student for _ in range(2))
     row_moments, column_moments = problem.new(4, 2, (m + n) // 2 if softmax else 0), problem.new(4, slabs, classes)
     passes = len(DIGITS[problem.precision.compute.itemsize * 8])
     zeros = torch.zeros(len(problem.graphs) * passes * 2 * 2048 + 1, dtype=torch.int64, device=problem.device)
     bad = zeros[-1:].view(torch.int32)
     grid = (m + n + triton.cdiv(classes, plan.PREPARE["COLUMNS"]) * slabs,)
-    strides = [stride for x in problem.sides for stride in x.stride()]
-    a, b, teacher_a, teacher_b = problem.sides
     meta = dict(plan.PREPARE)
     meta["ROW_BLOCK"] = min(meta["ROW_BLOCK"], max(32, triton.next_power_of_2(classes)))
     prepare_kernel[grid](
-        a, b, teacher_a, teacher_b, *strides, student, teacher, probs, surprisals, row_moments, column_moments, bad,
-        m, n, classes, slab_rows, slabs_a, slabs, SOFTMAX=softmax, **meta,
+        sides=tuple(problem.sides), strides=tuple(x.stride() for x in problem.sides), logits=logits, probs=probs,
+        surprisals=surprisals, row_moments=row_moments, column_moments=column_moments, bad=bad,
+        m=m, n=n, classes=classes, slab_rows=slab_rows, slabs_a=slabs_a, slabs=slabs, SOFTMAX=softmax, **meta,
     )  # fmt: skip
     return Prepared(
-        student,
-        teacher,
+        logits,
         probs if softmax else None,
         surprisals if softmax else None,
         (column_moments, row_moments),
@@ -170,11 +157,13 @@ def pack(problem: Problem, prepared: Prepared, graphs: Sequence[Graph]) -> tuple
     tiles = [triton.cdiv(g.vertices, plan.PACK["ROWS"]) for g in graphs]
     first, last = graphs[0], graphs[-1]
     tiles_0 = 0 if first.by_class else tiles[0]
+    slab_rows, slabs_a, slabs = prepared.slabs
     pack_kernel[(sum(tiles),)](
-        prepared.student, prepared.teacher, *prepared.moments, packed[0], packed[-1], stats[0], stats[-1], scale,
-        first.vertices, last.vertices, first.dims, last.dims, first.width, last.width, problem.samples,
-        problem.classes, *problem.rows, *prepared.slabs, tiles_0, TERMS=precision.terms,
-        ROUND_TF32=precision.round_tf32, **plan.PACK,
+        logits=prepared.logits, moments=prepared.moments, packed=(packed[0], packed[-1]), stats=(stats[0], stats[-1]),
+        scale=scale, vertices_0=first.vertices, vertices_1=last.vertices, dims_0=first.dims, dims_1=last.dims,
+        width_0=first.width, width_1=last.width, samples=problem.samples, classes=problem.classes,
+        m=problem.rows[0], n=problem.rows[1], slab_rows=slab_rows, slabs_a=slabs_a, slabs=slabs, tiles_0=tiles_0,
+        TERMS=precision.terms, ROUND_TF32=precision.round_tf32, **plan.PACK,
     )  # fmt: skip
     return packed, stats, scale
 
@@ -199,8 +188,8 @@ class Selector:
         self.state = problem.new(len(edges), len(self.digits), 2, 3, dtype=torch.int64)
         ranks = [pruning.rank(problem.percentile / 100, count, compute) for count in edges]
         # As torch.quantile: a rank that is whole does not look at the next value.
-        self.ranks = [k for below, weight in (ranks[0], ranks[-1]) for k in (below, below + (weight > 0))]
-        self.weights = [part for _, weight in (ranks[0], ranks[-1]) for part in split_float(weight)]
+        self.ranks = [(below, below + (weight > 0)) for below, weight in (ranks[0], ranks[-1])]
+        self.weights = tuple(split_float(weight) for _, weight in (ranks[0], ranks[-1]))
 
     def count(self, number: int, blocks: Sequence[Block], graph: int = 0) -> None:
         """Pass ``number`` over one block of each graph, or of ``graph``; one launch."""
@@ -208,9 +197,11 @@ class Selector:
         first, last = blocks[0], blocks[-1]
         jobs = [triton.cdiv(x.rows * x.columns, plan.HISTOGRAM["BLOCK"]) for x in blocks]
         histogram_kernel[(sum(jobs),)](
-            first.values, last.values, first.columns, last.columns, first.rows * first.columns,
-            last.rows * last.columns, first.stride, last.stride, first.first_row, self.histograms[graph:],
-            self.state[graph:], *self.ranks[2 * graph :], *self.ranks[: 2 * graph], jobs[0],
+            values=(first.values, last.values), columns_0=first.columns, columns_1=last.columns,
+            count_0=first.rows * first.columns, count_1=last.rows * last.columns,
+            row_strides=(first.stride, last.stride), first_row=first.first_row,
+            histograms=self.histograms[graph:], state=self.state[graph:],
+            **_ranks(self.ranks[graph], self.ranks[1]), jobs_0=jobs[0],
             PASS=number, PASSES=len(self.digits), SHIFT=shift, WIDTH=width,
             PREVIOUS=self.digits[max(0, number - 1)][0], EXCLUDE_SELF=self.problem.exclude_self, **plan.HISTOGRAM,
         )  # fmt: skip
@@ -220,33 +211,31 @@ class Selector:
         graphs = len(self.histograms)
         limits, counts = self.problem.new(3, graphs), self.problem.new(2, graphs, dtype=torch.int64)
         finish_kernel[(graphs,)](
-            self.histograms, self.state, self.bad, limits, counts, *self.ranks, *self.weights, graphs,
-            PASSES=len(self.digits), **plan.FINISH,
+            histograms=self.histograms, state=self.state, bad=self.bad, limits=limits, counts=counts,
+            **_ranks(*self.ranks), weights=self.weights, graphs=graphs, PASSES=len(self.digits), **plan.FINISH,
         )  # fmt: skip
         return Selection(torch.lerp(*limits), limits, counts)
 
 
-class Totals(NamedTuple):
-    loss: Tensor  # []
-    terms: Tensor  # [graphs]
-    kept: Tensor  # [graphs] int64
+def _ranks(first: tuple[int, int], last: tuple[int, int]) -> dict[str, int]:
+    return {"low_rank_0": first[0], "high_rank_0": first[1], "low_rank_1": last[0], "high_rank_1": last[1]}
 
 
-def total(problem: Problem, prepared: Prepared, losses: Tensor, tiles: Sequence[int], selection: Selection | None):
+def total(
+    problem: Problem, prepared: Prepared, losses: Tensor, tiles: Sequence[int], selection: Selection | None
+) -> Totals:
     """The tiles' shares of the loss, those of each graph together, summed in one order; one launch."""
     graphs = problem.graphs
     out = Totals(problem.new(), problem.new(len(graphs)), problem.new(len(graphs), dtype=torch.int64))
     edges = [problem.edge_count(g) for g in graphs]
     total_kernel[(1,)](
-        losses, *selection_tensors(selection, losses, prepared.bad), prepared.bad, *out, tiles[0], tiles[-1],
-        *split_float(problem.weights[0]), *split_float(problem.weights[-1]), edges[0], edges[-1],
+        losses=losses, selection=or_stand_ins(selection, losses, prepared.bad), bad=prepared.bad, totals=out,
+        tiles_0=tiles[0], tiles_1=tiles[-1], weights=problem.weight_parts, edges_0=edges[0], edges_1=edges[-1],
         GRAPHS=len(graphs), KEEP_ALL=selection is None, **plan.TOTAL,
     )  # fmt: skip
     return out
 
 
-def selection_tensors(selection: Selection | None, floats: Tensor, integers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What stands for a selection where every edge is kept, and nothing is read."""
-    if selection is None:
-        return floats, floats, integers
-    return selection.threshold, selection.limits, selection.counts
+def or_stand_ins(selection: Selection | None, floats: Tensor, integers: Tensor) -> Selection:
+    """The selection, or what stands for it where every edge is kept and nothing is read."""
+    return Selection(floats, floats, integers) if selection is None else selection

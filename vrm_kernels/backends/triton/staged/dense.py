@@ -1,14 +1,14 @@
 """The dense form's own stages: centred operands, what follows from three products a tile, gradients. See docs/gpu.md.
 
 One graph a launch. Its operands are ``packed [roles, 3, V, TERMS * width]``: student, teacher, residual, centred, the
-student scaled; a number is a sum of one or two short ones: :func:`vrm_kernels.backends.triton.prepare.store_operand`.
+student scaled; a number is a sum of one or two short ones: :func:`vrm_kernels.backends.triton.operands.store_operand`.
 """
 
 import triton
 import triton.language as tl
 
 from vrm_kernels.backends.triton.edge import COUNT_EPS, certified_tile, is_finite, number, wide
-from vrm_kernels.backends.triton.prepare import store_operand
+from vrm_kernels.backends.triton.operands import store_coefficient, store_operand
 from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, sizes_of
 
 DENSE_SIZES = ("packed_width", "first_row", "block_rows", "edges", "own_base", "owns", "other_tiles", "jobs")
@@ -132,19 +132,6 @@ def pack_kernel(
     tl.store(stats + 4 * vertices + v, reach_t, inside)
 
 
-@triton.jit
-def _store_coefficient(out, x, part, mask, SPLIT: tl.constexpr):
-    """As an operand, or as the sum of two, ``part`` elements apart; returns what was written."""
-    high = x.to(out.dtype.element_ty)
-    tl.store(out, high, mask)
-    written = high.to(x.dtype)
-    if SPLIT:
-        low = (x - written).to(out.dtype.element_ty)
-        tl.store(out + part, low, mask)
-        written += low.to(x.dtype)
-    return written
-
-
 @triton.jit(do_not_specialize=[*SIZES, *DENSE_SIZES])
 def dense_kernel(
     arrays,
@@ -163,7 +150,7 @@ def dense_kernel(
     T: tl.constexpr = stats.dtype.element_ty
     m_0, n_0, _, _, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     m, n, first_b, vertices, _ = sizes_of(GRAPH, rows_a, rows_b, classes, COMPLETE)
-    delta, eps = number(delta[0], delta[1], T), number(eps[0], eps[1], T)
+    delta, eps = number(delta, T), number(eps, T)
     across, tile_j = tl.num_programs(0), tl.program_id(0)
     tile_i = first_row // ROWS + tl.program_id(1)
     local = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -193,8 +180,8 @@ def dense_kernel(
     if NEED_GRAD:
         out = coefficients + wide(i)[:, None] * stride + j[None]
         layer = wide(m) * stride
-        gamma = _store_coefficient(out, gamma, 2 * layer, inside, SPLIT)
-        beta = _store_coefficient(out + layer, beta, 2 * layer, inside, SPLIT)
+        gamma = store_coefficient(out, gamma, 2 * layer, inside, SPLIT)
+        beta = store_coefficient(out + layer, beta, 2 * layer, inside, SPLIT)
         row = row_sums + wide(tile_j) * m + i
         in_rows = (local < block_rows) & (i < m)
         tl.store(row, tl.sum(gamma, 1), in_rows)
@@ -247,7 +234,7 @@ def gradients_kernel(
     else:
         kept = tl.load(arrays.kept + GRAPH)
     total = (total + beta[:, None] * w - gamma[:, None] * a) * tl.load(scale)
-    total *= number(weight[0], weight[1], T) / (kept.to(T) + COUNT_EPS)
+    total *= number(weight, T) / (kept.to(T) + COUNT_EPS)
     out = (
         arrays.partial + GRAPH * matrix_size(rows_a, rows_b, classes) + wide(own_base + own)[:, None] * width + d[None]
     )

@@ -5,9 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vrm_kernels.backends.triton.large import product
-from vrm_kernels.backends.triton.plan import FUSED_MULTIPLY_ADD
-from vrm_kernels.backends.triton.prepare import split_kernel
+from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, product, split_kernel
 from vrm_kernels.backends.triton.staged import launches
 from vrm_kernels.backends.triton.staged.dense import dense_kernel, gradients_kernel, moments_kernel, pack_kernel
 from vrm_kernels.backends.triton.staged.launches import Call, blocks, padded, parts, wider
@@ -25,7 +23,7 @@ AVERAGING_COMPONENTS = 2**20
 
 
 class Precision(NamedTuple):
-    """Products' operands are numbers of dtype ``operand``: 1 term, or 3 terms for a sum of two (see prepare.py)."""
+    """Products' operands are numbers of dtype ``operand``: 1 term, or 3 terms for a sum of two (see operands.py)."""
 
     operand: torch.dtype
     terms: int  # of the edges' products

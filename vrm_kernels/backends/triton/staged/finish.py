@@ -37,14 +37,14 @@ def finish_kernel(
         kept = tl.load(arrays.kept)
         term = _mean(arrays.losses, vertices_0, arrays.tile_losses, tiles_0, kept, BLOCK * BLOCK, T)
         tl.store(arrays.terms + 2, term + poison)
-        loss += term * number(weights[0][0], weights[0][1], T)
+        loss += term * number(weights[0], T)
         if BOTH_GRAPHS:
             _, _, _, vertices_1, _ = sizes_of(1, rows_a, rows_b, classes, COMPLETE)
             kept_1 = tl.load(arrays.kept + 1)
             losses, tile_losses = arrays.losses + vertices_0, arrays.tile_losses + tiles_0
             term = _mean(losses, vertices_1, tile_losses, tiles_1, kept_1, BLOCK * BLOCK, T)
             tl.store(arrays.terms + 3, term + poison)
-            loss += term * number(weights[1][0], weights[1][1], T)
+            loss += term * number(weights[1], T)
         real, virtual = tl.zeros([], T), tl.zeros([], T)
         if CE_REAL:
             real = tl.load(arrays.summary)

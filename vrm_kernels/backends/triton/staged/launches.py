@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vrm_kernels.backends.contract import LossSettings, Probs, compute_dtype
-from vrm_kernels.backends.triton.plan import FUSED_MULTIPLY_ADD
+from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD
 from vrm_kernels.backends.triton.staged.arrays import PADDING, Arrays
 from vrm_kernels.backends.triton.staged.entropy import entropy_kernel
 from vrm_kernels.backends.triton.staged.finish import finish_kernel

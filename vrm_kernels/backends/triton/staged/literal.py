@@ -153,7 +153,7 @@ def literal_kernel(
         limit, kept = tl.zeros([], T), wide(tl.where(graph == 0, edges_0, edges_1))
     else:
         limit, kept = tl.load(arrays.thresholds + graph), tl.load(arrays.kept + graph)
-    delta, eps = number(delta[0], delta[1], T), number(eps[0], eps[1], T)
+    delta, eps = number(delta, T), number(eps, T)
     if job < 0:
         _summary(arrays, rows, TARGET, CHUNK)
         if KEEP_ALL:
@@ -161,12 +161,12 @@ def literal_kernel(
             tl.store(arrays.kept + 1, wide(edges_1))
     elif job < vertices_0:
         _vertex(
-            arrays, 0, job, rows_a, rows_b, classes, capacity, number(weights[0][0], weights[0][1], T), delta, eps,
+            arrays, 0, job, rows_a, rows_b, classes, capacity, number(weights[0], T), delta, eps,
             limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_0, OTHERS_0, CHUNK,
         )  # fmt: skip
     else:
         _vertex(
-            arrays, 1, job - vertices_0, rows_a, rows_b, classes, capacity, number(weights[1][0], weights[1][1], T),
+            arrays, 1, job - vertices_0, rows_a, rows_b, classes, capacity, number(weights[1], T),
             delta, eps, limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_1,
             OTHERS_1, CHUNK,
         )  # fmt: skip

@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vrm_kernels.backends.triton.edge import can_be_squared, number, wide
-from vrm_kernels.backends.triton.prepare import exponential
+from vrm_kernels.backends.triton.edge import can_be_squared, exponential, number, wide
 from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, padded
 from vrm_kernels.graph import constants
 
@@ -89,7 +88,7 @@ def prepare_kernel(
         peak = tl.where(inside, tl.max(highest, 0), 0.0)
         label, counts = tl.full([], 0, tl.int64), inside
         weight = tl.full([], 1.0, T)
-        rate = number(smoothing[0], smoothing[1], T)
+        rate = number(smoothing, T)
         if TARGET == CLASS_INDICES:
             label = tl.load(targets.labels + row, inside, 0)
             counts = inside & (label != ignore_index)

@@ -219,7 +219,7 @@ def exact_kernel(
     graph = tl.program_id(0)
     m_0, n_0, _, _, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     m, n, _, _, _ = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
-    weight = tl.where(graph == 0, number(weights[0][0], weights[0][1], T), number(weights[1][0], weights[1][1], T))
+    weight = tl.where(graph == 0, number(weights[0], T), number(weights[1], T))
     room = wide(tl.where(graph == 0, capacity_0, capacity_1))
     count, rank = wide(m) * n, wide(tl.where(graph == 0, rank_0, rank_1))
     values = arrays.entropies + graph * wide(m_0) * n_0
