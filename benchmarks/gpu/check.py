@@ -26,13 +26,22 @@ from vrm_kernels.backends import device_record
 ROOT = environment.ROOT
 # Seconds that a part may take; what an earlier part leaves is there for the later ones.
 PARTS = {"build": 80, "tests": 120, "sanitize": 45, "bench": 110, "train": 65}
-BACKENDS = ("cuda", "triton")
+# The tests of each backend on a device.
+BACKENDS = {
+    "cuda": "tests/backends/cuda/test_device.py",
+    "triton": "tests/backends/triton/test_device.py",
+    "triton-staged": "tests/backends/triton/test_staged_device.py",
+}
 # Of the suite: what runs on any device. Hypothesis draws a new shape each time, and the compilers need a CPU.
 SUITE = (
     "parity/test_extremes.py", "parity/test_settings.py", "parity/test_shapes.py", "graph/test_mask.py",
     "loss/test_nan.py", "loss/test_relation_loss.py", "ops/test_autograd.py",
 )  # fmt: skip
-TOOLS = {"cuda": ("memcheck", "racecheck", "initcheck", "synccheck"), "triton": ("memcheck", "racecheck")}
+TOOLS = {
+    "cuda": ("memcheck", "racecheck", "initcheck", "synccheck"),
+    "triton": ("memcheck", "racecheck"),
+    "triton-staged": ("memcheck", "racecheck"),
+}
 # Whose library's kernels are not ours to judge.
 OWN = {("cuda", "racecheck"), ("cuda", "initcheck")}
 FOUND = 9  # what compute-sanitizer exits with
@@ -112,10 +121,8 @@ def tests(check: Check, limit: float) -> None:
     check.run("compile the variants", limit / 3, "-m", "benchmarks.gpu.warm")
     parallel = ["-n", str(os.cpu_count() or 1), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
     report = check.folder / "tests.xml"
-    files = [f"tests/backends/{name}/test_device.py" for name in BACKENDS]
-    check.run(
-        "device tests", 0.75 * (end - time.monotonic()), "-m", "pytest", *parallel, *files, f"--junitxml={report}"
-    )
+    words = ["-m", "pytest", *parallel, *BACKENDS.values(), f"--junitxml={report}"]
+    check.run("device tests", 0.75 * (end - time.monotonic()), *words)
     for name in BACKENDS:
         says = result_of_tests(report, name)
         if says != "right":
@@ -134,7 +141,8 @@ def result_of_tests(report: Path, backend: str) -> str:
         cases = list(ElementTree.parse(report).iter("testcase"))
     except (OSError, ElementTree.ParseError):
         return "its tests did not end"
-    mine = [case for case in cases if f"backends.{backend}." in case.get("classname", "")]
+    module = BACKENDS[backend].removesuffix(".py").replace("/", ".")
+    mine = [case for case in cases if (case.get("classname", "") + ".").startswith(f"{module}.")]
     failed = [case for case in mine if case.find("failure") is not None or case.find("error") is not None]
     ran = [case for case in mine if case.find("skipped") is None]
     if not ran:

@@ -12,7 +12,7 @@ import torch
 import vrm_kernels.functional as VF
 from vrm_kernels import checks
 
-BACKENDS = ("triton", "cuda")
+BACKENDS = ("triton", "triton-staged", "cuda")
 
 
 def paths(backend: str, own: bool) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -22,6 +22,12 @@ def paths(backend: str, own: bool) -> Iterator[tuple[str, Callable[[], None]]]:
 
         for name, elements in (("fused", plan.FUSED_ELEMENTS), ("blocks", 0))[: 1 if own else 2]:
             yield name, lambda elements=elements: setattr(plan, "FUSED_ELEMENTS", elements)
+        return
+    if backend == "triton-staged":
+        from vrm_kernels.graph import forms
+
+        for name, instructions in (("literal", 2**60), ("dense", 0))[: 1 if own else 2]:
+            yield name, lambda instructions=instructions: setattr(forms, "LITERAL_INSTRUCTIONS", instructions)
         return
     from vrm_kernels.backends.cuda import backend as cuda_backend
 

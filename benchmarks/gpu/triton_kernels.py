@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu.triton_faults import faults
 from benchmarks.report.table import rewrite
 from vrm_kernels.backends.contract import GraphSettings, LossSettings, ShareSettings, Sides, Views
-from vrm_kernels.backends.triton import large, plan, shares
+from vrm_kernels.backends.triton import counting, large, plan
 from vrm_kernels.backends.triton.backend import TritonBackend
 from vrm_kernels.backends.triton.staged import dense_launches
 from vrm_kernels.backends.triton.staged.backend import StagedBackend
@@ -139,13 +139,17 @@ class Launch:
         return {self.signature[path[0]][0]: value for path, value in self.constants if len(path) == 1}
 
     @property
+    def dtype(self) -> str:
+        """Of its numbers, where they are not float32."""
+        return next((kind[1:] for kind in _flat(self.signature) if kind in ("*fp64", "*bf16", "*fp16")), "fp32")
+
+    @property
     def label(self) -> str:
         """The kernel and those of its constants that tell its variants apart."""
-        dtype = next((kind for kind in _flat(self.signature) if kind in ("*fp64", "*bf16", "*fp16")), "*fp32")
         constants = self.named_constants.items()
         flags = [name for name, value in constants if value is True]
         numbers = [f"{n}={v}" for n, v in constants if n in ("PASS", "TERMS", "PRECISION", "GRAPHS", "LEVELS")]
-        return " ".join([self.name, dtype[1:], *numbers, *flags])
+        return " ".join([self.name, self.dtype, *numbers, *flags])
 
 
 def _flat(x) -> Iterator[str]:
@@ -188,7 +192,7 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
     patches = (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(large, "product", lambda x, y, out: None),
-        mock.patch.object(shares, "product", lambda x, y, out: None),
+        mock.patch.object(counting, "product", lambda x, y, out: None),
         mock.patch.object(dense_launches, "product", lambda x, y, out: None),
         mock.patch.object(plan, "on_nvidia", lambda device: nvidia),
     )
@@ -341,17 +345,26 @@ def _of_amdgcn(text: str) -> tuple[int, int]:
 
 
 def compile_all(
-    targets=TARGETS, workers: int = 2, what=compile_launch, every: bool = True
-) -> Iterator[tuple[Launch, Target, object]]:
-    """Every launch for every target, compiled in ``workers`` processes: what ``what`` says of it. Not ``every``: one of
-    those that differ in alignment and in the width of integers alone."""
-    jobs = []
-    for target in targets:
-        launches = recorded(nvidia=target.backend == "cuda")
-        jobs += [(x, target) for x in (launches if every else {launch.label: launch for launch in launches}.values())]
+    launches: Sequence[Launch], target: Target, workers: int = 2, what: Callable = compile_launch
+) -> Iterator[tuple[Launch, object]]:
+    """``launches`` compiled in ``workers`` processes: what ``what`` says of each."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (launch, target), result in zip(jobs, pool.map(what, *zip(*jobs, strict=True)), strict=True):
-            yield launch, target, result
+        yield from zip(launches, pool.map(what, launches, [target] * len(launches)), strict=True)
+
+
+def kinds(launches: Sequence[Launch], same: Callable[[Launch], object]) -> list[Launch]:
+    """One of each kind, of those that are the ``same`` the one that does most."""
+
+    def constants(launch: Launch) -> tuple:
+        values = launch.named_constants.values()
+        return sum(x is True for x in values), sum(x for x in values if type(x) is int)
+
+    chosen: dict[object, Launch] = {}
+    for launch in launches:
+        key = same(launch)
+        if key not in chosen or constants(launch) > constants(chosen[key]):
+            chosen[key] = launch
+    return list(chosen.values())
 
 
 def table(rows: list[tuple[Launch, Target, Resources]]) -> str:
@@ -381,7 +394,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     rows = []
-    for launch, target, (resources, found) in compile_all(workers=args.workers):
+    compiled = (
+        (target, *result)
+        for target in TARGETS
+        for result in compile_all(recorded(nvidia=target.backend == "cuda"), target, args.workers)
+    )
+    for target, launch, (resources, found) in compiled:
         rows.append((launch, target, resources))
         for fault in found:
             print(f"{target.name} {launch.label}: {fault}", flush=True)

@@ -27,10 +27,13 @@ done
 if [ -n "$HANG" ] && [[ "$*" == *$HANG* ]]; then sleep 60; fi
 [ -z "$FAIL" ] || [[ "$*" != *$FAIL* ]]
 """
-CASE = '<testcase classname="tests.backends.{0}.test_device" name="{1}">{2}</testcase>'
-RIGHT = (
-    f"<x>{CASE.format('cuda', 'a', '')}{CASE.format('triton', 'a', '')}{CASE.format('triton', 'b', '<skipped/>')}</x>"
-)
+CASE = '<testcase classname="tests.backends.{0}" name="{1}">{2}</testcase>'
+PASSED = {
+    "cuda": CASE.format("cuda.test_device", "a", ""),
+    "triton": CASE.format("triton.test_device.TestOnAGpu", "a", ""),
+    "triton-staged": CASE.format("triton.test_staged_device.TestForms", "a", ""),
+}
+RIGHT = f"<x>{''.join(PASSED.values())}{CASE.format('triton.test_device', 'b', '<skipped/>')}</x>"
 
 
 class Device:
@@ -79,7 +82,7 @@ def test_all_parts_in_their_order(gpu_check, tmp_path, capsys):
     assert commands[0].startswith("9.0|setup.py") and "build_ext" in commands[0]  # for the GPU at hand
     tests = [command for command in commands if part_of(command) == "tests"]
     assert "benchmarks.gpu.warm" in tests[0]  # the compilers before what would compile
-    assert all(f"tests/backends/{name}/test_device.py" in tests[1] for name in ("cuda", "triton"))
+    assert all(file in tests[1] and (ROOT / file).exists() for file in check.BACKENDS.values())
     assert "triton or cuda or torch" in tests[2]
     bench = [command for command in commands if part_of(command) == "bench"]
     # own figures before the peers'
@@ -160,18 +163,20 @@ def test_time_that_a_part_leaves_is_there_for_the_next(tmp_path, monkeypatch):
 
 
 def test_the_record_says_what_ran_and_how_it_ended(gpu_check, tmp_path):
-    failed = RIGHT.replace(CASE.format("triton", "a", ""), CASE.format("triton", "a", "<failure/>"))
+    failed = RIGHT.replace(PASSED["triton"], PASSED["triton"].replace("></", "><failure/></"))
     status, _ = gpu_check("--parts", "tests", xml=failed)
     entries = {entry["backend"]: entry for entry in device_record.read()}
     assert status == 1
-    assert entries["cuda"]["result"] == "right" and entries["triton"]["result"] == "1 of 1 tests failed"
+    assert {name: entry["result"] for name, entry in entries.items()} == {
+        "cuda": "right", "triton": "1 of 1 tests failed", "triton-staged": "right",
+    }  # fmt: skip
     assert all(entry["device"] == "A GPU" and entry["torch"] == torch.__version__ for entry in entries.values())
     assert (tmp_path / "results" / "record.json").read_text() == device_record.PATH.read_text()
     gpu_check("--parts", "tests")
-    assert [entry["result"] for entry in device_record.read()] == ["right", "right"]  # in the place of the old
+    assert [entry["result"] for entry in device_record.read()] == ["right"] * 3  # in the place of the old
 
 
-@pytest.mark.parametrize("xml", ["<x/>", "", f"<x>{CASE.format('cuda', 'a', '<skipped/>')}</x>"])
+@pytest.mark.parametrize("xml", ["<x/>", "", f"<x>{CASE.format('cuda.test_device', 'a', '<skipped/>')}</x>"])
 def test_tests_that_did_not_run_are_not_right(gpu_check, xml):
     status, _ = gpu_check("--parts", "tests", xml=xml)
     assert status == 1 and "right" not in {entry["result"] for entry in device_record.read()}

@@ -1,4 +1,7 @@
-"""What the tests on a GPU share."""
+"""What the tests on a GPU share; on the CPU, where the interpreter runs them, what stands for streams and graphs."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from helpers import Result
@@ -14,6 +17,56 @@ def kernels_of(call) -> set[str]:
         call()
         torch.cuda.synchronize()
     return {event.key for event in profiler.key_averages()}
+
+
+def captured(step: Callable[[], list[torch.Tensor]], device: str) -> tuple[list[torch.Tensor], Callable[[], None]]:
+    """``(results, replay)``: a CUDA graph of ``step``, whose replays write the same storage."""
+    if device == "cpu":
+        results = step()
+
+        def again() -> None:
+            for x, new in zip(results, step(), strict=True):
+                x.copy_(new)
+
+        return results, again
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return results, graph.replay
+
+
+@contextlib.contextmanager
+def nothing_waits(device: str) -> Iterator[None]:
+    """Waiting for the device is an error."""
+    if device == "cpu":
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_streams(call: Callable, batches: Sequence, device: str) -> list:
+    """``call`` of each batch, each on a stream of its own."""
+    if device == "cpu":
+        return [call(batch) for batch in batches]
+    torch.cuda.synchronize()
+    results = []
+    streams = [torch.cuda.Stream() for _ in batches]
+    for stream, batch in zip(streams, batches, strict=True):
+        with torch.cuda.stream(stream):
+            results.append(call(batch))
+    torch.cuda.synchronize()
+    return results
 
 
 def on_cpu(result: Result) -> Result:

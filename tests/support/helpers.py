@@ -218,6 +218,13 @@ def assert_parity(backend: str, case: Case, dtype=torch.float32, floors=FLOOR, l
         assert_close(result, oracle, eager, floors[dtype], uncancelled)
 
 
+def modes(shape: tuple[int, int]) -> list[tuple[str, tuple[int, int]]]:
+    """Both kinds of graph. Complete ones have the vertices of both views on either side: half of the samples, or of the
+    classes where those are more, make as many."""
+    b, c = shape
+    return [("inter_view", shape), ("complete", ((b + 1) // 2, c) if b > c else (b, (c + 1) // 2))]
+
+
 def make_labels(b: int, c: int, kind: str = "indices", seed: int = 0) -> torch.Tensor:
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     if kind == "probabilities":

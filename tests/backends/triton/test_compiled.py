@@ -21,23 +21,27 @@ FLOAT64_SPILLS_ALLOWED = {"epilogue": 128}  # twice the registers a number; not 
 
 LIMITS = """
 import json
-from benchmarks.gpu import triton_kernels
+from benchmarks.gpu import triton_kernels as kernels
 
 if __name__ == "__main__":
-    targets = [t for t in triton_kernels.TARGETS if t.name == {target!r}]
-    for launch, target, (used, faults) in triton_kernels.compile_all(targets, {workers}, every={every}):
+    target = next(t for t in kernels.TARGETS if t.name == {target!r})
+    launches = kernels.recorded(nvidia=target.backend == "cuda")
+    launches = kernels.kinds([x for x in launches if {float64} or x.dtype != "fp64"], {same})
+    for launch, (used, faults) in kernels.compile_all(launches, target, {workers}):
         occupancy = used.occupancy(dict(launch.options)["num_warps"], target.shared)
         needs = used.registers, used.spilled, used.shared, occupancy
         print(json.dumps([launch.name, launch.label, *needs, target.shared, faults]))
 """
+# Each variant, but for those that differ in alignment alone; as far as the compiled form shows faults.
 FAULTS = """
 import json, triton
-from benchmarks.gpu import triton_kernels
+from benchmarks.gpu import triton_kernels as kernels
 
 if __name__ == "__main__":
-    assert triton.__version__.startswith({oldest!r}), triton.__version__
-    targets = [t for t in triton_kernels.TARGETS if t.name == {target!r}]
-    for launch, _, faults in triton_kernels.compile_all(targets, {workers}, triton_kernels.faults_of_launch):
+    assert triton.__version__.startswith({version!r}), triton.__version__
+    target = next(t for t in kernels.TARGETS if t.name == {target!r})
+    launches = kernels.kinds(kernels.recorded(nvidia=target.backend == "cuda"), {same})
+    for launch, faults in kernels.compile_all(launches, target, {workers}, kernels.faults_of_launch):
         print(json.dumps([launch.name, launch.label, faults]))
 """
 PLANTED = """
@@ -53,7 +57,7 @@ def faults_of(kernel, target):
     options = {{"num_warps": 4, "enable_fp_fusion": True}}
     return triton_kernels.faults_of(ASTSource(kernel, kinds, {{}}), target, options, None, planted.BOUNDS)
 
-for target in triton_kernels.TARGETS:
+for target in (x for x in triton_kernels.TARGETS if x.name in ("sm_90", "gfx942")):
     for kernel, told in planted.FAULTY.items():
         print(json.dumps([kernel.__name__, target.name, told, faults_of(kernel, target)]))
     for kernel in planted.RIGHT:
@@ -63,11 +67,11 @@ print(json.dumps(["mislaid mask", "as text", "mask lies in", triton_kernels.faul
 WORKERS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1)
 
 
-def run(tmp_path, program: str, version: str = "installed", **values) -> list[list]:
+def run(tmp_path, program: str, triton: str = "installed", **values) -> list[list]:
     """What ``program`` prints, in a process of its own: in this one Triton's interpreter or a driver may be active."""
-    folder = VERSIONS[version]
+    folder = VERSIONS[triton]
     if folder is not None and not folder.exists():
-        pytest.skip(f"Triton {version} is not in {folder}: `make test` installs it")
+        pytest.skip(f"Triton {triton} is not in {folder}: `make test` installs it")
     path = tmp_path / "program.py"
     path.write_text(program.format(workers=WORKERS, **values))
     paths = [ROOT] if folder is None else [folder, ROOT]
@@ -88,7 +92,11 @@ def assert_complete(names) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_within_the_devices_limits(target, tmp_path):
-    rows = run(tmp_path, LIMITS, target=target, every=target in ("sm_90", "gfx942"))
+    """Each kernel; for the device that most is known of each in every type of number, and of the staged ones, whose
+    registers are counted, each variant. `python -m benchmarks.gpu.triton_kernels` does so for all."""
+    same = 'lambda x: x.label if x.name.startswith("staged") else (x.name, x.dtype)'
+    known = target == "sm_90"
+    rows = run(tmp_path, LIMITS, target=target, float64=known, same=same if known else "lambda x: x.name")
     assert_complete(row[0] for row in rows)
     for kernel, label, registers, spilled, shared, occupancy, limit, faults in rows:
         staged = kernel.startswith("staged")
@@ -105,9 +113,18 @@ def test_compiles_within_the_devices_limits(target, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_oldest_triton_makes_no_fault_of_them(target, tmp_path):
-    rows = run(tmp_path, FAULTS, OLDEST, target=target, oldest=OLDEST)
+@pytest.mark.parametrize(
+    ("version", "target", "same"),
+    [
+        ("installed", "sm_90", "lambda x: (x.label, x.signature)"),
+        (OLDEST, "sm_90", "lambda x: (x.name, x.dtype)"),
+        (OLDEST, "gfx942", "lambda x: x.name"),
+    ],
+)
+def test_the_compiler_makes_no_fault_of_them(version, target, same, tmp_path):
+    """Most faults show in what is the same for all targets."""
+    prefix = OLDEST if version == OLDEST else ""
+    rows = run(tmp_path, FAULTS, version, target=target, version=prefix, same=same)
     assert_complete(row[0] for row in rows)
     for _, label, faults in rows:
         assert not faults, f"{label} on {target}: {faults}"

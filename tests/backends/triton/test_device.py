@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from device import beyond_rounding, kernels_of, on_cpu
+from device import kernels_of, on_cpu
 from helpers import (
     DTYPES,
     FLOOR,
@@ -10,24 +10,28 @@ from helpers import (
     NEAR_CONVERGENCE_FLOOR,
     Case,
     assert_close,
-    errors,
     evaluate,
     expected_of,
     inputs,
     make_logits,
-    relative_error,
     settings_of,
 )
 from share_checks import check_group_on_a_gpu, check_shares_on_a_gpu
+from triton_suite import OnAnyDevice, check_against_torch
 
-import vrm_kernels
-import vrm_kernels.functional as VF
 from benchmarks.gpu.warm import FLOAT64, LARGE, RAGGED, SMALL
-from vrm_kernels import backends
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-SHAPES = pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+
+class TestOnAGpu(OnAnyDevice):
+    name = "triton"
+    kernels = {"small": SMALL, "large": LARGE}  # noqa: RUF012
+    own = {"small"}  # noqa: RUF012
+
+    @pytest.fixture(params=["small", "large"])
+    def kind(self, request):
+        return request.param
 
 
 def on_gpu(case: Case, dtype=torch.float32):
@@ -36,19 +40,6 @@ def on_gpu(case: Case, dtype=torch.float32):
 
 def fresh(shape, seed, dtype=torch.float32):
     return [x.cuda() for x in make_logits(Case(shape), dtype, seed)]
-
-
-def same_bits(x, y):
-    return torch.equal(x.loss, y.loss) and x.kept == y.kept and all(map(torch.equal, x.grads, y.grads))
-
-
-def agree(x, y, shape):
-    """Our kernels give the same bits anywhere; the library may choose another product under capture, or on a stream."""
-    return torch.equal(x, y) if shape == SMALL else relative_error(x, y) < 1e-5
-
-
-def test_the_backend_is_usable():
-    assert backends.resolve("triton", torch.device("cuda")) == "triton", backends.describe()
 
 
 def test_each_shape_takes_its_regime():
@@ -83,113 +74,7 @@ def test_parity_with_the_reference_on_the_cpu(shape, relations, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_large_regime_follows_the_torch_backend_in_float64(dtype):
-    """Where the reference would take too much; few of 490000 edges may fall on the other side of the threshold."""
-    logits = fresh(LARGE, 0, dtype)
-    for relations, percentile in (("inter_view", 30.0), ("complete", 100.0)):
-        settings = {"relations": relations, "unreliable_pruning_percentile": percentile}
-        oracle = evaluate("torch", [x.double() for x in logits], **settings)
-        result = evaluate("triton", logits, **settings)
-        assert errors(result, oracle)["loss"] < 1e-4
-        # At these sizes a gradient is 1e-5: float16 keeps one digit or two of it.
-        bound = 5e-3 if dtype == torch.bfloat16 else 1e-3
-        assert max(map(beyond_rounding, result.grads, oracle.grads)) < bound
-        assert all(abs(x - y) <= 4 for x, y in zip(result.kept, oracle.kept, strict=True))
-
-
-@SHAPES
-def test_a_hundred_repeats_give_the_same_bits(shape):
-    logits = fresh(shape, 0)
-    first = evaluate("triton", logits)
-    for _ in range(100):
-        assert same_bits(evaluate("triton", logits), first)
-
-
-@SHAPES
-def test_nothing_waits_for_the_device(shape):
-    logits = fresh(shape, 0)
-    students = [x.requires_grad_() for x in logits[:2]]
-    labels = torch.zeros(shape[0], dtype=torch.long, device="cuda")
-    criterion = vrm_kernels.VRMLoss(16.0, 8.0, backend="triton")
-    criterion(*logits, labels).backward()  # compiles, which may wait
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        criterion(*logits, labels).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert all(x.grad is not None for x in students)
-
-
-@SHAPES
-@pytest.mark.parametrize("kinds", [("random", "opposite"), ("opposite", "random")])
-def test_a_captured_graph_is_replayed_on_other_inputs(shape, kinds):
-    """Captured where no edge is literal and replayed where all are, and the other way round."""
-    criterion = vrm_kernels.VRMLoss(16.0, 8.0, backend="triton", unreliable_pruning_percentile=30)
-    labels = torch.randint(shape[1], (shape[0],), device="cuda")
-    first, second = ([x.cuda() for x in make_logits(Case(shape, kind=k), torch.float32, 7)] for k in kinds)
-    static = [x.clone().requires_grad_(k < 2) for k, x in enumerate(first)]
-
-    def step():
-        for x in static[:2]:
-            x.grad = None
-        loss = criterion(*static, labels)
-        loss.backward()
-        return loss
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-    grads = [x.grad for x in static[:2]]
-    for batch in (second, first, second):
-        with torch.no_grad():
-            for x, new in zip(static, batch, strict=True):
-                x.copy_(new)
-        for x in (loss, *grads):
-            x.detach().fill_(torch.nan)  # poisoned: what replay does not write shows
-        graph.replay()
-        eager = [x.clone().requires_grad_(k < 2) for k, x in enumerate(batch)]
-        expected = criterion(*eager, labels)
-        expected.backward()
-        assert agree(loss, expected, shape)
-        assert all(agree(x, y.grad, shape) for x, y in zip(grads, eager[:2], strict=True))
-
-
-@SHAPES
-def test_other_streams(shape):
-    batches = [fresh(shape, seed) for seed in range(4)]
-    alone = [evaluate("triton", batch) for batch in batches]
-    torch.cuda.synchronize()
-    streams, results = [torch.cuda.Stream() for _ in batches], []
-    for stream, batch in zip(streams, batches, strict=True):
-        with torch.cuda.stream(stream):
-            students = [x.detach().requires_grad_() for x in batch[:2]]
-            loss = VF.vrm_loss(*students, *batch[2:], None, 1.0, 1.0, False, False, backend="triton")
-            results.append((loss.detach(), torch.autograd.grad(loss, students)))
-    torch.cuda.synchronize()
-    for (loss, grads), expected in zip(results, alone, strict=True):
-        assert agree(loss, expected.loss, shape)
-        assert all(agree(x, y, shape) for x, y in zip(grads, expected.grads, strict=True))
-
-
-@SHAPES
-@pytest.mark.parametrize("kind", ["random", "opposite"])
-def test_nothing_uninitialised_is_read(shape, kind, monkeypatch):
-    """torch fills fresh memory with NaN when asked to be deterministic."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    logits = [x.cuda() for x in make_logits(Case(shape, kind=kind), torch.float32, 0)]
-    usual = evaluate("triton", logits)
-    torch.use_deterministic_algorithms(True)
-    try:
-        poisoned = evaluate("triton", logits)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert poisoned.loss.isfinite() and max(errors(poisoned, usual).values()) < 1e-5
+    check_against_torch("triton", LARGE, dtype, "cuda")
 
 
 def test_a_second_device_is_used_where_the_tensors_are():

@@ -9,9 +9,8 @@ import pytest
 
 HERE = Path(__file__).parent
 GROUPS = {
-    "small": ("interpreted.py", "small"),
     "large": ("interpreted.py", "large"),
-    "both": ("interpreted.py", "not small and not large"),
+    "small": ("interpreted.py", "not large"),
     "literal": ("staged_interpreted.py", "literal"),
     "dense": ("staged_interpreted.py", "not literal"),
 }

@@ -20,7 +20,8 @@ from vrm_kernels.backends.contract import (
     compute_dtype,
     with_cross_entropies,
 )
-from vrm_kernels.backends.triton import large, plan, shares, small, stages
+from vrm_kernels.backends.triton import counting, large, plan, shares, small, stages
+from vrm_kernels.backends.triton.counting import on_device
 from vrm_kernels.backends.triton.stages import Graph, Problem
 from vrm_kernels.graph import pruning
 
@@ -37,7 +38,7 @@ class TritonBackend(Backend):
         graph = Graph(False, m, n, m, m + n, dims)
         problem = Problem(sides, (graph,), (1.0,), percentile, delta, eps, False, exclude_self, precision)
         ranked = probs is not None
-        with stages.on_device(sides.a.device):
+        with on_device(sides.a.device):
             # Passed on without a name here, so that what is used up can be freed.
             run = small.run if fused else large.run
             totals, grads = run(problem, need_grad, ranked, _with_given_probs(problem, probs))
@@ -66,7 +67,7 @@ class TritonBackend(Backend):
         problem = Problem(
             views, graphs, weights, percentile, settings.delta, settings.eps, complete, complete, precision
         )
-        with stages.on_device(device):
+        with on_device(device):
             run = small.run if fused else large.run
             totals, grads = run(problem, need_grad, percentile < 100, _with_softmax(problem))
         grad_a, grad_b = grads or (totals.loss.new_empty(0), totals.loss.new_empty(0))
@@ -74,10 +75,10 @@ class TritonBackend(Backend):
         return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
     def entropy_of_logs(self, probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
-        return shares.entropy_of_logs(probs_a, log_probs_b)
+        return counting.entropy_of_logs(probs_a, log_probs_b)
 
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        return shares.count_digits(entropy, prefixes, shift, bits)
+        return counting.count_digits(entropy, prefixes, shift, bits)
 
     def relation_share(
         self,

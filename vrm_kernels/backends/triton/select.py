@@ -3,7 +3,7 @@
 Two ranks are found at once, those that the quantile interpolates between. Pass ``p`` counts the p-th digit of the keys
 that begin with the digits found so far; then :func:`narrow` finds the bucket of each rank. Counts add up over row
 blocks; they are 64-bit integers, so that their order of arrival changes nothing. Where they are to be added over
-processes too, :func:`count_kernel` counts, and :mod:`vrm_kernels.graph.selection` narrows.
+processes too, :mod:`counting` counts, and :mod:`vrm_kernels.graph.selection` narrows.
 
 Buffers of a graph: ``histograms [passes, 2, 2048]`` int64, zero at first, and ``state [passes, 2, 3]`` int64: of each
 rank the digits found (``prefix``), its rank among the keys that begin so, and how many keys lie below them.
@@ -13,25 +13,11 @@ import triton
 import triton.language as tl
 
 from vrm_kernels.backends.triton.arrays import SIZES
+from vrm_kernels.backends.triton.counting import BINS, add_digits, to_key
 from vrm_kernels.backends.triton.edge import number, wide
 
-BINS = tl.constexpr(2048)
 # (shift, width) of the digits, highest first.
 DIGITS = {32: ((21, 11), (10, 11), (0, 10)), 64: ((53, 11), (42, 11), (31, 11), (20, 11), (9, 11), (0, 9))}
-
-
-@triton.jit
-def to_key(x):
-    """An unsigned integer that orders as ``x`` does; the two zeros are one value."""
-    x = tl.where(x == 0, 0.0, x)
-    if x.dtype == tl.float64:
-        bits = x.to(tl.uint64, bitcast=True)
-        top = tl.full([], 1, tl.uint64) << 63
-    else:
-        bits = x.to(tl.uint32, bitcast=True)
-        top = tl.full([], 1, tl.uint32) << 31
-    # Of a negative number all bits are inverted, of another the sign alone.
-    return tl.where((bits & top) != 0, bits ^ (top | (top - 1)), bits ^ top)
 
 
 @triton.jit
@@ -46,15 +32,6 @@ def from_key(key, T: tl.constexpr):
         bits = key.to(tl.uint32)
         x = tl.where((bits & top) != 0, bits ^ top, bits ^ (top | (top - 1))).to(tl.float32, bitcast=True)
     return x
-
-
-@triton.jit
-def count_digits(histogram, key, counted, SHIFT: tl.constexpr, WIDTH: tl.constexpr):
-    """Add the digits at SHIFT of the ``counted`` of the 1-D ``key`` to ``histogram [2 ** WIDTH]``; what was added."""
-    digit = ((key >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
-    counts = tl.histogram(digit, BINS, mask=counted)
-    tl.atomic_add(histogram + tl.arange(0, BINS), wide(counts), mask=counts > 0, sem="relaxed")
-    return counts
 
 
 @triton.jit
@@ -99,7 +76,7 @@ def _count_next(
     if EXCLUDE_SELF:
         counted = counted & (first_row + row != column)
     if PASS == 0:
-        count_digits(histograms, key, counted, SHIFT, WIDTH)
+        add_digits(histograms, key, counted, SHIFT, WIDTH)
     else:
         low, high = _after(histograms, state, low_rank, high_rank, PASS - 1, PREVIOUS)
         low_prefix, high_prefix = low[0], high[0]
@@ -117,9 +94,9 @@ def _count_next(
         digits = digits & mask
         low_digits = (low_prefix >> (SHIFT + WIDTH)) & mask
         high_digits = (high_prefix >> (SHIFT + WIDTH)) & mask
-        count_digits(histogram, key, counted & (digits == low_digits), SHIFT, WIDTH)
+        add_digits(histogram, key, counted & (digits == low_digits), SHIFT, WIDTH)
         if low_prefix != high_prefix:
-            count_digits(histogram + BINS, key, counted & (digits == high_digits), SHIFT, WIDTH)
+            add_digits(histogram + BINS, key, counted & (digits == high_digits), SHIFT, WIDTH)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -145,34 +122,6 @@ def histogram_kernel(
             values[1], columns_1, count_1, row_strides[1], 0, histograms + PASSES * 2 * BINS, state + PASSES * 6,
             low_rank_1, high_rank_1, job - jobs_0, PASS, SHIFT, WIDTH, PREVIOUS, EXCLUDE_SELF, BLOCK,
         )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SIZES)
-def count_kernel(
-    values,  # [rows, row_stride], of which `columns` are counted
-    columns, count, row_stride,
-    prefixes,  # [2] int64: the leading digits of the keys that count, signed as those of vrm_kernels.graph.selection
-    histograms,  # in/out [2, 2 ** WIDTH] int64; of the LEADING digit [1, 2 ** WIDTH], all keys
-    LEADING: tl.constexpr, SHIFT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """A pass whose prefixes are given: what several processes add up."""
-    at = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-    row, column = at // columns, at % columns
-    counted = at < count
-    key = to_key(tl.load(values + row * row_stride + column, counted, 0.0))
-    if LEADING:
-        count_digits(histograms, key, counted, SHIFT, WIDTH)
-    else:
-        bits: tl.constexpr = key.dtype.primitive_bitwidth - SHIFT - WIDTH  # of a prefix
-        half: tl.constexpr = 1 << (bits - 1)  # keys here are unsigned: as many more as there are negative ones
-        low, high = tl.load(prefixes) + half, tl.load(prefixes + 1) + half
-        digits = (key >> (SHIFT + WIDTH)).to(tl.int64)
-        counts = count_digits(histograms, key, counted & (digits == low), SHIFT, WIDTH)
-        other = histograms + (1 << WIDTH)
-        if low == high:
-            tl.atomic_add(other + tl.arange(0, BINS), wide(counts), mask=counts > 0, sem="relaxed")
-        else:
-            count_digits(other, key, counted & (digits == high), SHIFT, WIDTH)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -4,7 +4,6 @@ They can be called one by one: a process that computes a share of a graph gives 
 :class:`Selection` of its own, see :mod:`shares`.
 """
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -104,11 +103,6 @@ def split_float(x: float) -> tuple[float, float]:
     """``x`` as the sum of two float32 numbers: what a kernel can be given of it."""
     high = torch.tensor(x, dtype=torch.float32).item()
     return high, x - high
-
-
-def on_device(device: torch.device):
-    """Launches go to the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def prepare(problem: Problem, softmax: bool) -> Prepared:

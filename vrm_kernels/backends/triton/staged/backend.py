@@ -3,10 +3,8 @@
 Nothing here reads the device or branches on what is on it: a call can be captured in a CUDA graph.
 """
 
-import contextlib
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from vrm_kernels.backends.contract import (
@@ -15,14 +13,16 @@ from vrm_kernels.backends.contract import (
     LossResult,
     LossSettings,
     Probs,
+    ShareSettings,
     Sides,
     Views,
     compute_dtype,
 )
 from vrm_kernels.backends.triton.backend import TritonBackend
+from vrm_kernels.backends.triton.counting import on_device
 from vrm_kernels.backends.triton.staged import dense_launches, launches
 from vrm_kernels.backends.triton.staged.arrays import Arrays
-from vrm_kernels.backends.triton.staged.launches import Problem
+from vrm_kernels.backends.triton.staged.launches import Given, Problem
 from vrm_kernels.backends.triton.staged.prepare import Targets
 from vrm_kernels.graph import forms
 
@@ -31,7 +31,7 @@ MOST_EDGES = 2**28  # whose entropies are stored
 
 
 class StagedBackend(TritonBackend):
-    """The literal form. What the dense form is for, and shares of a graph, are the present kernels'."""
+    """Either form. What is too large for both, see :func:`_form`, is left to the present kernels."""
 
     def vrm_loss(
         self,
@@ -54,7 +54,7 @@ class StagedBackend(TritonBackend):
         targets = NO_TARGETS
         if labels is not None and (ce_real or ce_virtual):
             targets = Targets(labels.contiguous(), None if class_weight is None else class_weight.contiguous())
-        with _on_device(views.student_real):
+        with on_device(views.student_real.device):
             arrays = _run(problem, targets, settings)
         return LossResult(arrays.loss, *_by_view(arrays.grads, b), arrays.terms, arrays.kept)
 
@@ -66,12 +66,38 @@ class StagedBackend(TritonBackend):
         if probs is None or percentile >= 100:
             probs, percentile = None, 100.0
         sizes = ((m, n, dims),)
-        if _form(sides, sizes, percentile) != "literal":
+        form = _form(sides, sizes, percentile)
+        if form is None:
             return super().relation_graph(sides, probs, settings, need_grad)
-        problem = Problem(sides, probs, sizes, (1.0, 0.0), percentile, delta, eps, False, exclude_self, need_grad)
-        with _on_device(sides.a):
+        problem = Problem(sides, probs, sizes, (1.0, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form)
+        with on_device(sides.a.device):
             arrays = _run(problem, NO_TARGETS, None)
         return GraphResult(arrays.loss, *_by_view(arrays.grads, m), arrays.kept[0])
+
+    def relation_share(
+        self,
+        sides: Sides,
+        probs: Probs | None,
+        entropy: Tensor | None,
+        settings: ShareSettings,
+        grads: Sequence[Tensor],
+    ) -> Tensor:
+        (m, dims), n = sides.a.shape, len(sides.b)
+        threshold, kept, edges, weight, delta, eps, exclude_self = settings
+        sizes, percentile = ((m, n, dims),), 100.0 if entropy is None else 0.0
+        form = _form(sides, sizes, 100.0)  # how many of its edges are kept is not known
+        if form is None:
+            return super().relation_share(sides, probs, entropy, settings, grads)
+        need_grad = bool(grads)
+        problem = Problem(
+            sides, None, sizes, (weight, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form, edges
+        )
+        with on_device(sides.a.device):
+            given = Given(entropy, threshold, kept) if entropy is not None else None
+            arrays = _run(problem, NO_TARGETS, None, given)
+        for grad, part in zip(grads, _by_view(arrays.grads, m), strict=False):
+            grad.add_(part)
+        return arrays.terms[2]
 
 
 def _form(logits: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]], percentile: float) -> forms.Form | None:
@@ -82,12 +108,12 @@ def _form(logits: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]], perce
     return forms.form(sizes, percentile)
 
 
-def _run(problem: Problem, targets: Targets, settings: LossSettings | None) -> Arrays:
-    """All stages; ``settings`` are those of the cross-entropies."""
-    call = launches.lay_out(problem)
+def _run(problem: Problem, targets: Targets, settings: LossSettings | None, given: Given | None = None) -> Arrays:
+    """All stages; ``settings`` are those of the cross-entropies. With a ``given`` selection edges are not ranked."""
+    call = launches.lay_out(problem, given)
     dense, precision = problem.form == "dense", dense_launches.precision_of(call.logits, call.dtype)
     launches.prepare(call, targets, settings)
-    if problem.percentile < 100:
+    if problem.percentile < 100 and given is None:
         if dense:
             dense_launches.entropy(call, precision)
         else:
@@ -102,8 +128,3 @@ def _run(problem: Problem, targets: Targets, settings: LossSettings | None) -> A
 
 def _by_view(grads: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return (grads[:rows], grads[rows:]) if grads.dim() == 2 else (grads, grads)
-
-
-def _on_device(x: Tensor):
-    """Launches go to the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

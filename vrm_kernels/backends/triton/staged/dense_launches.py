@@ -51,8 +51,8 @@ def entropy(call: Call, precision: Precision) -> None:
     """Of all edges, by the library; the operands are copies where they are sums."""
     first = 0
     for k, (values, (m, n)) in enumerate(zip(_entropies(call), _shapes(call), strict=True)):
-        depth, first_b = call.depths[k], 0 if call.problem.complete else m
-        rows = call.vertices_of[k]
+        depth, first_b = call.layout.depths[k], 0 if call.problem.complete else m
+        rows = call.layout.vertices_of[k]
         p, q = (x[first : first + rows * depth].view(rows, depth) for x in (call.arrays.probs, call.arrays.surprisals))
         first += rows * depth
         operands = [p[:m], q[first_b : first_b + n]]
@@ -76,17 +76,35 @@ def _split(x: Tensor, role: int, precision: Precision) -> Tensor:
 
 def edges(call: Call, precision: Precision) -> None:
     """Loss and gradients of the certified edges, and flags where there are others; one graph after the other."""
-    total = sum(call.vertices_of)
-    moments = call.arrays.losses.new_empty(4, total)
-    moments_kernel[(total,)](moments=moments, **call.common, **MOMENTS)
-    flags, losses = (x[: sum(call.tiles)].split(call.tiles) for x in (call.arrays.flags, call.arrays.tile_losses))
-    for graph in range(2):
+    total = sum(call.layout.vertices_of)
+    graphs = len(call.layout.tiles)
+    if graphs == 2:
+        moments = call.arrays.losses.new_empty(4, total)
+        moments_kernel[(total,)](moments=moments, **call.common, **MOMENTS)
+    else:
+        moments = _moments_of_columns(call)
+    flags, losses = (
+        x[: sum(call.layout.tiles)].split(call.layout.tiles) for x in (call.arrays.flags, call.arrays.tile_losses)
+    )
+    for graph in range(graphs):
         _graph(call, precision, graph, moments, flags[graph], losses[graph])
+
+
+def _moments_of_columns(call: Call) -> Tensor:
+    """What moments_kernel leaves of components that are no vertices, those of a graph of its own; by torch."""
+    classes, rows = call.common["classes"], call.layout.vertices_of[0]
+    moments = call.arrays.losses.new_empty(4, rows + 2 * classes)
+    for k, x in enumerate(call.logits):
+        role, view = divmod(k, 2)
+        squares, mean = torch.var_mean(x.to(moments.dtype), 0, correction=0)
+        columns = slice(rows + view * classes, rows + (view + 1) * classes)
+        moments[2 * role, columns], moments[2 * role + 1, columns] = mean, squares * len(x)
+    return moments
 
 
 def _graph(call: Call, precision: Precision, graph: int, moments: Tensor, flags: Tensor, losses: Tensor) -> None:
     problem, new = call.problem, moments.new_empty
-    (m, n, dims), vertices = problem.sizes[graph], call.vertices_of[graph]
+    (m, n, dims), vertices = problem.sizes[graph], call.layout.vertices_of[graph]
     first_b = 0 if problem.complete else m
     width, stride = -(-dims // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, padded(n)
     packed = new(1 if precision.terms == 1 else 2, 3, vertices, precision.terms * width, dtype=precision.operand)
@@ -130,9 +148,9 @@ def _graph(call: Call, precision: Precision, graph: int, moments: Tensor, flags:
             product(coefficient[0], other[..., width : 2 * width].mT, out[2])
         gradients_kernel[(blocks(owns, GRADIENTS["ROWS"]), blocks(width, GRADIENTS["BLOCK"]))](
             products=out, sums=sums, packed=packed, scale=scale, packed_width=width, own_base=own_base, owns=owns,
-            other_tiles=tiles, edges=call.edges[graph], weight=call.weights[graph], GRAPH=graph, KEEP_ALL=keep_all,
-            ADD=number == 1 and problem.complete, TERMS=precision.gradient_terms, PACKED_TERMS=precision.terms,
-            **call.common, **GRADIENTS,
+            other_tiles=tiles, edges=problem.whole_edges or call.layout.edges[graph], weight=call.weights[graph],
+            GRAPH=graph, KEEP_ALL=keep_all, ADD=number == 1 and problem.complete, TERMS=precision.gradient_terms,
+            PACKED_TERMS=precision.terms, **call.common, **GRADIENTS,
         )  # fmt: skip
 
 

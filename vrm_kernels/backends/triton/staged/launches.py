@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +50,30 @@ class Problem(NamedTuple):
     exclude_self: bool
     need_grad: bool
     form: forms.Form = "literal"
+    whole_edges: int | None = None  # of the graph that this is a share of
+
+
+class Given(NamedTuple):
+    """The selection of a graph, in the place of a percentile."""
+
+    entropy: Tensor  # [m, n]
+    threshold: Tensor  # []
+    kept: Tensor  # [] int64
+
+
+class Layout(NamedTuple):
+    """What follows from the sizes of a call alone."""
+
+    rows: int  # of a view of logits, padded
+    vertices_of: tuple[int, ...]  # each graph
+    edges: tuple[int, ...]  # that exist, of each graph
+    tiles: tuple[int, ...]  # of edges, of each graph, in the dense form; else 0
+    depths: tuple[int, ...]  # of a row of probabilities, padded
+    rooms: tuple[int, ...]  # for what a bracket leaves
+    levels: int
+    capacity: int  # of a vertex' list of edges
+    floats: dict[str, int]  # elements of the arrays of floating-point numbers, padded
+    integers: dict[str, int]  # of 32 bits
 
 
 @dataclass(frozen=True)
@@ -56,15 +81,9 @@ class Call:
     """A problem laid out: its arrays, and what every kernel is told."""
 
     problem: Problem
+    layout: Layout
     logits: tuple[Tensor, ...]
     arrays: Arrays
-    rows: int  # of a view of logits, padded
-    vertices_of: tuple[int, ...]  # each graph
-    tiles: tuple[int, ...]  # of edges, of each graph, in the dense form; else 0
-    depths: tuple[int, ...]  # of a row of probabilities, padded
-    rooms: tuple[int, ...]  # for what a bracket leaves
-    levels: int
-    capacity: int  # of a vertex' list of edges
     common: dict
 
     @property
@@ -72,30 +91,24 @@ class Call:
         return self.arrays.loss.dtype
 
     @property
-    def edges(self) -> list[int]:
-        """That exist, of each graph."""
-        return [pruning.edge_count(m, n, self.problem.exclude_self) for m, n, _ in self.problem.sizes]
-
-    @property
     def weights(self) -> tuple[tuple[float, float], ...]:
         return tuple(map(parts, self.problem.weights))
 
 
-def lay_out(problem: Problem) -> Call:
-    dtype = compute_dtype(*problem.logits)
-    mixed = len({x.dtype for x in problem.logits}) > 1
-    logits = tuple((x.to(dtype) if mixed else x).contiguous() for x in problem.logits)
-    (rows_a, classes), rows_b = logits[0].shape, len(logits[1])
-    sizes, ranked, probs = problem.sizes, problem.percentile < 100, problem.probs
+@functools.lru_cache(maxsize=64)
+def layout(
+    sizes: tuple[tuple[int, int, int], ...], rows_a: int, rows_b: int, classes: int, depth: int | None,
+    complete: bool, exclude_self: bool, ranked: bool, dense: bool, need_grad: bool,
+) -> Layout:  # fmt: skip
+    """``depth`` is that of given probabilities; ``ranked`` says whether edges are pruned at all."""
     rows = padded(max(rows_a, rows_b))
     vertices = (rows_a + rows_b, 2 * classes)[: len(sizes)]
-    dense = problem.form == "dense"
     tiles = tuple(dense * blocks(m, DENSE["ROWS"]) * blocks(n, DENSE["COLUMNS"]) for m, n, _ in sizes)
     edges = [m * n for m, n, _ in sizes]
     levels = max(map(forms.levels, edges)) if ranked else 0
-    depths = tuple(padded(probs[0].shape[1] if probs else dims) for _, _, dims in sizes)
+    depths = tuple(padded(depth or dims) for _, _, dims in sizes)
     rooms = tuple(padded(forms.candidates(n) * 3 // 2 + 1024) if levels else 0 for n in edges)
-    capacity = max(m + n if problem.complete else max(m, n) for m, n, _ in sizes)
+    capacity = max(m + n if complete else max(m, n) for m, n, _ in sizes)
     matrix = sum(v * padded(dims) for v, (_, _, dims) in zip(vertices, sizes, strict=True))
     ranking = sum(v * depth for v, depth in zip(vertices, depths, strict=True))
     floats = {
@@ -107,36 +120,62 @@ def lay_out(problem: Problem) -> Call:
         "collected": 2 * forms.SAMPLE + levels * sum(rooms) if levels else 0,
         "thresholds": 2,
         "losses": sum(vertices),
-        "partial": matrix if problem.need_grad else 0,
+        "partial": matrix if need_grad else 0,
         "summary": 4,
         "tile_losses": sum(tiles),
     }
-    # One allocation for all that nobody keeps, cut up where 16 bytes begin.
-    lengths = [padded(count) for count in floats.values()]
+    integers = {"lists": sum(vertices) * capacity, "finite": 4 * rows, "flags": sum(tiles)}
+    return Layout(
+        rows, vertices, tuple(pruning.edge_count(m, n, exclude_self) for m, n, _ in sizes), tiles, depths, rooms,
+        levels, capacity, *({name: padded(count) for name, count in x.items()} for x in (floats, integers)),
+    )  # fmt: skip
+
+
+def lay_out(problem: Problem, given: Given | None = None) -> Call:
+    dtype = compute_dtype(*problem.logits)
+    mixed = len({x.dtype for x in problem.logits}) > 1
+    logits = tuple((x.to(dtype) if mixed else x).contiguous() for x in problem.logits)
+    (rows_a, classes), rows_b = logits[0].shape, len(logits[1])
+    depth = None if problem.probs is None else problem.probs[0].shape[1]
+    ranked, dense = problem.percentile < 100 and given is None, problem.form == "dense"
+    plan = layout(
+        problem.sizes, rows_a, rows_b, classes, depth, problem.complete, problem.exclude_self,
+        ranked, dense, problem.need_grad,
+    )  # fmt: skip
+    # One allocation of each type for all that nobody keeps, cut up where 16 bytes begin.
     new = functools.partial(torch.empty, device=logits[0].device)
-    lists = padded(sum(vertices) * capacity)
-    integers = new(lists + 4 * rows + sum(tiles), dtype=torch.int32)
     arrays = Arrays(
-        **dict(zip(floats, new(sum(lengths), dtype=dtype).split(lengths), strict=True)),
-        lists=integers[:lists],
-        finite=integers[lists : lists + 4 * rows],
-        flags=integers[lists + 4 * rows :],
-        brackets=new(levels * 2 * FIELDS.value, dtype=torch.int64),
+        **_cut(new, plan.floats, dtype),
+        **_cut(new, plan.integers, torch.int32),
+        brackets=new(plan.levels * 2 * FIELDS.value, dtype=torch.int64),
         kept=new(2, dtype=torch.int64),
         grads=new((rows_a + rows_b, classes) if problem.need_grad else 0, dtype=dtype),
         loss=new((), dtype=dtype),
         terms=new(4, dtype=dtype),
     )
+    # Copies, since a kernel is compiled apart for numbers that do not lie on 16 bytes, and one writes entropies.
+    if given is not None:
+        entropies = arrays.entropies[: given.entropy.numel()].view_as(given.entropy) if dense else None
+        arrays = arrays._replace(
+            entropies=given.entropy.contiguous() if entropies is None else entropies.copy_(given.entropy),
+            thresholds=given.threshold.repeat(2),
+            kept=given.kept.repeat(2),
+        )
     common = {
         "arrays": arrays, "rows_a": rows_a, "rows_b": rows_b, "classes": classes, "COMPLETE": problem.complete,
         **FUSED_MULTIPLY_ADD,
     }  # fmt: skip
-    return Call(problem, logits, arrays, rows, vertices, tiles, depths, rooms, levels, capacity, common)
+    return Call(problem, plan, logits, arrays, common)
+
+
+def _cut(new: Callable, counts: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    lengths = list(counts.values())
+    return dict(zip(counts, new(sum(lengths), dtype=dtype).split(lengths), strict=True))
 
 
 def prepare(call: Call, targets: Targets, settings: LossSettings | None) -> None:
     both = len(call.problem.sizes) == 2
-    prepare_kernel[(4 * call.rows,)](
+    prepare_kernel[(4 * call.layout.rows,)](
         logits=call.logits, targets=targets, **call.common, counters=call.arrays.brackets.numel(),
         ignore_index=settings.ignore_index if settings else 0,
         smoothing=parts(settings.label_smoothing if settings else 0.0),
@@ -152,16 +191,20 @@ def _use(call: Call, probs: Probs) -> None:
     p, q = (x.to(call.arrays.probs.dtype) for x in probs)
     call.arrays.finite[:1].logical_and_((p.sum() + q.sum()).isfinite())
     for out, x, first in ((call.arrays.probs, p, 0), (call.arrays.surprisals, -pruning.log_probs(q), len(p))):
-        out = out[: (len(p) + len(q)) * call.depths[0]].view(-1, call.depths[0])[first : first + len(x)]
+        out = out[: (len(p) + len(q)) * call.layout.depths[0]].view(-1, call.layout.depths[0])[first : first + len(x)]
         out.zero_()
         out[:, : x.shape[1]] = x
 
 
 def entropy(call: Call) -> None:
-    meta = ENTROPY_FEW if sum(call.edges) < FEW_EDGES else ENTROPY
+    meta = ENTROPY_FEW if sum(call.layout.edges) < FEW_EDGES else ENTROPY
     tiles = sum(blocks(m, meta["BLOCK"]) * blocks(n, meta["BLOCK"]) for m, n, _ in call.problem.sizes)
     entropy_kernel[(tiles,)](
-        **call.common, depth_0=call.depths[0], depth_1=call.depths[-1], EXCLUDE_SELF=call.problem.exclude_self, **meta
+        **call.common,
+        depth_0=call.layout.depths[0],
+        depth_1=call.layout.depths[-1],
+        EXCLUDE_SELF=call.problem.exclude_self,
+        **meta,
     )
 
 
@@ -169,30 +212,31 @@ def select(call: Call) -> None:
     """One launch, and two more for each bracket."""
     graphs, dtype = len(call.problem.sizes), call.dtype
     (rank_0, weight_0), *_, (rank_1, weight_1) = 2 * [
-        pruning.rank(call.problem.percentile / 100, count, dtype) for count in call.edges
+        pruning.rank(call.problem.percentile / 100, count, dtype) for count in call.layout.edges
     ]
     common = call.common | {
-        "rank_0": rank_0, "rank_1": rank_1, "capacity_0": call.rooms[0], "capacity_1": call.rooms[-1],
+        "rank_0": rank_0, "rank_1": rank_1, "capacity_0": call.layout.rooms[0], "capacity_1": call.layout.rooms[-1],
     }  # fmt: skip
     sources = [m * n for m, n, _ in call.problem.sizes]
-    for level in range(call.levels):
+    for level in range(call.layout.levels):
         bracket_kernel[(graphs,)](**common, LEVEL=level, **BRACKET)
         jobs = [blocks(count, COUNT["BLOCK"]) for count in sources]
         count_kernel[(sum(jobs),)](**common, jobs_0=jobs[0], LEVEL=level, **wider(COUNT, dtype))
-        sources = list(call.rooms)
+        sources = list(call.layout.rooms)
     block = min(EXACT["BLOCK"], power_of_two(max(sources)))
     exact_kernel[(graphs,)](
-        **common, weights=(parts(weight_0), parts(weight_1)), LEVELS=call.levels, **EXACT | {"BLOCK": block}
+        **common, weights=(parts(weight_0), parts(weight_1)), LEVELS=call.layout.levels, **EXACT | {"BLOCK": block}
     )
 
 
 def literal(call: Call, targets: Targets) -> None:
-    problem, edges, dense = call.problem, call.edges, call.problem.form == "dense"
+    problem, edges, dense = call.problem, call.layout.edges, call.problem.form == "dense"
     widths = [power_of_two(padded(dims)) for _, _, dims in problem.sizes]
     others = [max(1, 4 * LITERAL_TILE // call.dtype.itemsize // width) for width in widths]
     meta = wider(LITERAL, call.dtype)
-    literal_kernel[(1 + sum(call.vertices_of),)](
-        **call.common, rows=call.rows, capacity=call.capacity, edges_0=edges[0], edges_1=edges[-1],
+    literal_kernel[(1 + sum(call.layout.vertices_of),)](
+        **call.common, rows=call.layout.rows, capacity=call.layout.capacity,
+        edges_0=problem.whole_edges or edges[0], edges_1=edges[-1],
         weights=call.weights, delta=parts(problem.delta), eps=parts(problem.eps),
         EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=problem.percentile >= 100, NEED_GRAD=problem.need_grad,
         TARGET=kind(targets), TILE_ROWS=dense * DENSE["ROWS"], TILE_COLUMNS=dense * DENSE["COLUMNS"],
@@ -206,7 +250,7 @@ def finish(call: Call, targets: Targets, settings: LossSettings | None) -> None:
     tiles = (blocks(rows_a, FINISH["BLOCK"]) + blocks(rows_b, FINISH["BLOCK"])) * blocks(classes, FINISH["BLOCK"])
     counted = settings if targets.labels is not None else None
     finish_kernel[(1 + tiles * call.problem.need_grad,)](
-        **call.common, tiles_0=call.tiles[0], tiles_1=call.tiles[-1], weights=call.weights,
+        **call.common, tiles_0=call.layout.tiles[0], tiles_1=call.layout.tiles[-1], weights=call.weights,
         BOTH_GRAPHS=len(call.problem.sizes) == 2,
         CE_REAL=counted is not None and counted.ce_real,
         CE_VIRTUAL=counted is not None and counted.ce_virtual, **FINISH,
