@@ -17,6 +17,12 @@ template <class T> int64_t dense_blocks(const Tile<T>& tile) {
   return ceil_div(dense_tasks(tile.rows, tile.columns), kWarps);
 }
 
+// Whether float16 holds the coefficients of an edge. It does not where an end is a hundred times as far from the mean
+// as others, or edges are as much shorter.
+template <class T> __device__ __forceinline__ bool fits_half(T beta, T gamma) {
+  return beta >= kHalfSmallest && beta <= kHalfLargest && fabs(gamma) <= kHalfLargest;
+}
+
 template <class T> __global__ void __launch_bounds__(kThreads, 2)
     dense_kernel(const __grid_constant__ Problem<T> p, int which, const __grid_constant__ Tile<T> tile) {
   const Graph<T>& g = p.graph[which];
@@ -27,8 +33,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
   const int64_t i0 = task / wide * kTile, j = task % wide * kTile + lane_index();  // of the tile
   const int64_t column = tile.column + j, other = g.first_b + column;
   const bool has_column = j < tile.columns;
-  const T scale = g.status->scale, threshold = g.keep_all ? T(0) : g.status->threshold;
-  const EdgeRule<T> rule = {g.delta, g.eps * scale, g.eps};
+  const T threshold = g.keep_all ? T(0) : g.status->threshold;
+  const EdgeRule<T> rule = {g.delta, g.eps * g.status->scale[0], g.eps * g.status->scale[1]};
+  const bool half = packed.x_s.half;
   EdgeInput<T> own = {};  // of this lane's column
   if (has_column)
     own = {0, 0, 0, packed.square_s[other], packed.square_t[other], packed.square_w[other], packed.reach_s[other],
@@ -51,13 +58,14 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
                                     own.reach_s + packed.reach_s[row],
                                     own.reach_t + packed.reach_t[row]};
         const auto terms = quadratic_edge(input, rule, SquareRoot());
-        literal = g.dims < kLiteralDims || terms.literal;
+        beta = terms.beta * packed.coefficient_scale;
+        gamma = terms.gamma * packed.coefficient_scale;
+        literal = g.dims < kLiteralDims || terms.literal || (half && !fits_half(beta, gamma));
         ++kept;
-        if (!literal) {
+        if (literal)
+          beta = gamma = 0;
+        else
           loss += terms.loss;
-          beta = terms.beta;
-          gamma = terms.gamma;
-        }
       }
       if (g.need_grad) {
         store(tile.gamma, at, gamma);

@@ -67,7 +67,7 @@ template <class T> void plan_graph(Carver& carver, Graph<T>& g, const Settings& 
   g.losses = carver.take<double>(g.rows);
   g.dense = settings.dense;
   if (g.dense)
-    plan_dense(carver, g);
+    plan_dense(carver, g, settings);
   else if (!g.keep_all) {
     g.entropy = carver.take<T>(g.rows * g.columns);
     if (g.rows * g.columns > settings.one_block_edges) g.digits = carver.take<unsigned long long>(2 * kDigits);

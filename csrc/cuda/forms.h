@@ -11,9 +11,10 @@ namespace cuda {
 // Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
 const char* refusal();
 
-// What a call may decide beside its problem. `half`: the dense form's operands are bfloat16.
+// What a call may decide beside its problem.
 struct Settings {
-  bool dense, half;
+  bool dense;
+  int64_t half_terms;            // of the dense form: operands are float16, and those of edges sums of 1 or 2; 0: T
   int64_t tile_edge;             // vertices of a side of a tile of the dense form
   int64_t stored_entropy_bytes;  // of a graph: entropies are stored up to this size, and computed again beyond it
   int64_t one_block_edges;       // of the literal form: more edges than these are ranked by all blocks

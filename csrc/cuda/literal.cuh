@@ -88,7 +88,7 @@ template <class T>
 __device__ __forceinline__ void add_steps(const Vertex<T>& vertex, int count, bool begin, EdgeList<T>& list) {
   const Graph<T>& g = vertex.g;
   T* grad = g.grad + vertex.index() * g.grad_ld;
-  const T scale = g.dense ? T(1) / g.status->scale : T(1);  // of the gradients that products have given
+  const T scale = g.dense ? g.packed.coefficient_scale / g.status->scale[0] : T(1);  // of the products' gradients
   const int width = g.dims < kThreads ? static_cast<int>(ceil_div(g.dims, 32)) * 32 : kThreads;
   const int groups = kThreads / width, group = thread_index() / width;
   for (int64_t k0 = 0; k0 < g.dims; k0 += width) {

@@ -1,6 +1,6 @@
 // The operators of the two forms: tensors, checked, to the kernels' plain structures, on their device and its stream.
 
-#include "../stable.h"
+#include "checks.h"
 #include "forms.h"
 #include "on_device.h"
 
@@ -17,39 +17,6 @@
 namespace vrm {
 namespace cuda {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-using torch::headeronly::DeviceType;
-
-#if defined(VRM_CUDA_SHIM)
-constexpr DeviceType kDevice = DeviceType::CPU;
-#else
-constexpr DeviceType kDevice = DeviceType::CUDA;
-#endif
-
-// ---- what is refused -----------------------------------------------------------------------------------------------
-
-void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, const Tensor& first) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be [", rows, ", ", columns,
-                  "]");
-  const auto type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                      type == ScalarType::Half,
-                  name, " must be float64, float32, bfloat16 or float16");
-  STD_TORCH_CHECK(x.device().type() == kDevice && x.get_device_index() == first.get_device_index(), name,
-                  " must be on the CUDA device of the first argument");
-}
-
-void check_settings(double delta, double eps, int64_t tile_edge) {
-  STD_TORCH_CHECK(delta > 0, "delta must be positive, not ", delta);
-  STD_TORCH_CHECK(eps > 0, "eps must be positive, not ", eps);
-  STD_TORCH_CHECK(tile_edge > 0, "the edge of a tile must be positive, not ", tile_edge);
-}
-
-void check_rank(int64_t rank, double lerp_weight, int64_t edges) {
-  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
-                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
-}
 
 // ---- tensors to structures; the tests' emulation is told what the kernels may touch --------------------------------
 
@@ -85,17 +52,28 @@ template <class T> Tensor gradient(const Tensor& x, bool needed) {
 template <class T> Tensor tensor_of(const Factor& x, int64_t rows, int64_t columns, const Tensor& like) {
   char* data = static_cast<char*>(x.x.data) + x.first * static_cast<int64_t>(x.x.half ? 2 : sizeof(T));
   return torch::stable::from_blob(data, {rows, columns}, {x.vertex_stride, x.dim_stride}, like.device(),
-                                  x.x.half ? ScalarType::BFloat16 : scalar_type_of<T>);
+                                  x.x.half ? ScalarType::Half : scalar_type_of<T>);
 }
 
-// torch's own product, which obeys its switch for float32, on its current stream; of bfloat16 with sums in float32.
+#if defined(VRM_CUDA_SHIM)
+// An operand as the matrix units read it: float32 to TF32's ten digits where torch's switch lets them.
+template <class T> Tensor emulated_operand(const Tensor& x) {
+  const Tensor copy = torch::stable::clone(convert(x, scalar_type_of<T>));
+  if (!shim::takes_tf32() || x.scalar_type() != ScalarType::Float) return copy;
+  auto* bits = reinterpret_cast<uint32_t*>(copy.mutable_data_ptr<float>());
+  for (int64_t k = 0; k < copy.numel(); ++k) bits[k] = (bits[k] + 0x1000u) & ~0x1fffu;
+  return copy;
+}
+#endif
+
+// torch's own product, which obeys its switch for float32, on its current stream; of float16 with sums in float32.
 template <class T> void multiply(const Product<T>& p, const Tensor& like) {
   const Tensor out =
       torch::stable::from_blob(p.out, {p.m, p.n}, {p.ld, int64_t{1}}, like.device(), scalar_type_of<T>);
   const Tensor a = tensor_of<T>(p.a, p.m, p.depth, like);
   const Tensor b = torch::stable::transpose(tensor_of<T>(p.b, p.n, p.depth, like), 0, 1);
 #if defined(VRM_CUDA_SHIM)  // the CPU has no product of mixed types
-  aten("aten::mm", "out", convert(a, scalar_type_of<T>), convert(b, scalar_type_of<T>), out);
+  aten("aten::mm", "out", emulated_operand<T>(a), emulated_operand<T>(b), out);
   for (int64_t i = 0; i < p.m; ++i) shim::note_written(p.out + i * p.ld, p.n * sizeof(T));
 #else
   if (p.a.x.half)
@@ -160,27 +138,19 @@ Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const
 
 Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                         const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank, double lerp_weight,
-                        double delta, double eps, bool exclude_self, bool need_grad, bool dense, bool half,
+                        double delta, double eps, bool exclude_self, bool need_grad, bool dense, int64_t half_terms,
                         int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
-  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.numel() > 0 && b.numel() > 0,
-                  "a and b must be [M, D] and [N, D], and not empty");
+  check_graph(a, b, teacher_a, teacher_b, probs_a, probs_b, exclude_self);
+  check_settings(delta, eps);
+  check_tile_edge(tile_edge);
   const Tensor student[2] = {a, b}, teacher[2] = {teacher_a, teacher_b};
   const OptionalTensor probs[2] = {probs_a, probs_b};
-  STD_TORCH_CHECK(probs_a.has_value() == probs_b.has_value(), "probs are given for both sides or for none");
-  for (int side = 0; side < 2; ++side) {
-    check_matrix(student[side], side == 0 ? "a" : "b", student[side].size(0), a.size(1), a);
-    check_matrix(teacher[side], side == 0 ? "teacher_a" : "teacher_b", student[side].size(0), a.size(1), a);
-    if (!probs_a.has_value()) continue;
-    STD_TORCH_CHECK(probs_a->dim() == 2 && probs_a->size(1) > 0, "probs must be [M, K] and [N, K]");
-    check_matrix(*probs[side], side == 0 ? "probs_a" : "probs_b", student[side].size(0), probs_a->size(1), a);
-  }
-  STD_TORCH_CHECK(!exclude_self || a.size(0) == b.size(0), "one vertex set on both sides has one size");
-  check_settings(delta, eps, tile_edge);
-  const auto compute = compute_type({&a, &b, &teacher_a, &teacher_b}) == ScalarType::Double ? relation_loss<double>
-                                                                                            : relation_loss<float>;
+  const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
+  check_half_terms(half_terms, type);
+  const auto compute = type == ScalarType::Double ? relation_loss<double> : relation_loss<float>;
   return compute(student, teacher, probs,
                  {rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
-                 {dense, half, tile_edge, stored_entropy_bytes, one_block_edges});
+                 {dense, half_terms, tile_edge, stored_entropy_bytes, one_block_edges});
 }
 
 // ---- the loss of a batch -------------------------------------------------------------------------------------------
@@ -236,12 +206,13 @@ Five vrm_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const Cros
 // Labels as the kernels read them: dense indices, or probabilities of the compute dtype.
 Tensor checked_labels(const Tensor& labels, const Tensor& first, ScalarType type) {
   if (labels.scalar_type() != ScalarType::Long) {
+    STD_TORCH_CHECK(labels.dim() == 2, "labels must be [", first.size(0), "] class indices in int64, or [",
+                    first.size(0), ", ", first.size(1), "] class probabilities, not ", sizes_of(labels), " in ",
+                    name_of(labels));
     check_matrix(labels, "labels", first.size(0), first.size(1), first);
     return convert(labels, type);
   }
-  STD_TORCH_CHECK(labels.dim() == 1 && labels.size(0) == first.size(0), "labels must be [", first.size(0),
-                  "] class indices or [B, C] class probabilities");
-  STD_TORCH_CHECK(labels.get_device_index() == first.get_device_index(), "labels must be on the device of the logits");
+  check_vector(labels, "labels", first.size(0), first);
   return labels.is_contiguous() ? labels : torch::stable::contiguous(labels);
 }
 
@@ -249,25 +220,22 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
                    const Tensor& teacher_virtual, const OptionalTensor& labels, const OptionalTensor& class_weight,
                    double alpha, double beta, bool ce_real, bool ce_virtual, const std::vector<int64_t>& ranks,
                    const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps, bool complete,
-                   double label_smoothing, int64_t ignore_index, bool need_grad, bool dense, bool half,
+                   double label_smoothing, int64_t ignore_index, bool need_grad, bool dense, int64_t half_terms,
                    int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
-  STD_TORCH_CHECK(student_real.dim() == 2 && student_real.numel() > 0, "logits must be [B, C], and not empty");
+  check_views(student_real, student_virtual, teacher_real, teacher_virtual);
+  check_settings(delta, eps);
+  check_tile_edge(tile_edge);
+  check_two(ranks, lerp_weights);
   const Tensor student[2] = {student_real, student_virtual}, teacher[2] = {teacher_real, teacher_virtual};
-  const char* names[] = {"student_real", "student_virtual", "teacher_real", "teacher_virtual"};
-  for (int k = 0; k < 4; ++k)
-    check_matrix(k < 2 ? student[k] : teacher[k - 2], names[k], student_real.size(0), student_real.size(1),
-                 student_real);
-  check_settings(delta, eps, tile_edge);
-  STD_TORCH_CHECK(ranks.size() == 2 && lerp_weights.size() == 2, "a rank and a weight for each graph");
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
+  check_half_terms(half_terms, type);
   CrossEntropies ce{{}, {}, {ce_real, ce_virtual}, label_smoothing, ignore_index};
   if (ce_real || ce_virtual) {
     STD_TORCH_CHECK(labels.has_value(), "a cross-entropy needs labels");
     ce.labels = checked_labels(*labels, student_real, type);
     if (class_weight.has_value()) {
-      STD_TORCH_CHECK(class_weight->dim() == 1 && class_weight->size(0) == student_real.size(1) &&
-                          class_weight->get_device_index() == student_real.get_device_index(),
-                      "class_weight must be [", student_real.size(1), "] on the device of the logits");
+      check_vector(*class_weight, "class_weight", student_real.size(1), student_real);
+      check_float(*class_weight, "class_weight");
       ce.class_weight = torch::stable::contiguous(convert(*class_weight, type));
     }
   }
@@ -276,7 +244,7 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
   };
   const auto compute = type == ScalarType::Double ? vrm_loss<double> : vrm_loss<float>;
   return compute(student, teacher, ce, complete, {graph(0), graph(1)},
-                 {dense, half, tile_edge, stored_entropy_bytes, one_block_edges});
+                 {dense, half_terms, tile_edge, stored_entropy_bytes, one_block_edges});
 }
 
 std::string cuda_refusal() {
@@ -292,14 +260,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def("cuda_refusal() -> str");  // why the current device cannot run the kernels; empty: it can
   m.def(
       "cuda_relation_loss(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
-      "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, bool half, "
-      "int tile_edge, int stored_entropy_bytes, int one_block_edges) "
+      "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, "
+      "int half_terms, int tile_edge, int stored_entropy_bytes, int one_block_edges) "
       "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
   m.def(
       "cuda_vrm_loss(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
       "Tensor? labels, Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, int[] ranks, "
       "float[] lerp_weights, bool keep_all, float delta, float eps, bool complete, float label_smoothing, "
-      "int ignore_index, bool need_grad, bool dense, bool half, int tile_edge, int stored_entropy_bytes, "
+      "int ignore_index, bool need_grad, bool dense, int half_terms, int tile_edge, int stored_entropy_bytes, "
       "int one_block_edges) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
 }
 

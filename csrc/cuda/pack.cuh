@@ -5,24 +5,23 @@
 #include "block.cuh"
 #include "problem.h"
 
+#include <cuda_fp16.h>
+
 namespace vrm {
 namespace cuda {
 
+constexpr float kHalfLargest = 65504.0f, kHalfSmallest = 6.103515625e-5f;  // of float16's normal numbers
+
 template <class T> __device__ __forceinline__ T load(const Operand& x, int64_t at) {
   if (!x.half) return static_cast<const T*>(x.data)[at];
-  return static_cast<T>(__uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(x.data)[at]) << 16));
+  return static_cast<T>(__half2float(__ushort_as_half(static_cast<const uint16_t*>(x.data)[at])));
 }
 
-// Rounded to nearest even; NaN stays NaN.
 template <class T> __device__ __forceinline__ void store(const Operand& x, int64_t at, T value) {
-  if (!x.half) {
+  if (x.half)
+    static_cast<uint16_t*>(x.data)[at] = __half_as_ushort(__float2half_rn(static_cast<float>(value)));
+  else
     static_cast<T*>(x.data)[at] = value;
-    return;
-  }
-  const uint32_t bits = __float_as_uint(static_cast<float>(value));
-  const bool number = value == value;
-  static_cast<uint16_t*>(x.data)[at] =
-      static_cast<uint16_t>(number ? (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16 : 0x7fc0u);
 }
 
 // sums[chunk] = the vertices of a chunk added up; 32 dimensions a block.
@@ -50,7 +49,13 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   g.packed.sums[(chunk * 2 + warp_index()) * g.dims + k] = total;
 }
 
-// The mean vectors, and how far a few vertices lie from them; a dimension a thread.
+// The mean vectors, and how far eight or some more vertices lie from them; a dimension a thread.
+template <class T> VRM_HOST_DEVICE int64_t spread_step(const Graph<T>& g) {
+  return g.vertices < 8 ? 1 : g.vertices / 8;
+}
+template <class T> VRM_HOST_DEVICE int64_t spread_vertices(const Graph<T>& g) {
+  return ceil_div(g.vertices, spread_step(g));
+}
 template <class T> __host__ __device__ inline int64_t means_blocks(const Graph<T>& g) {
   return ceil_div(g.dims, kThreads);
 }
@@ -60,7 +65,6 @@ __global__ void __launch_bounds__(kThreads) means_kernel(const __grid_constant__
   const Graph<T>& g = p.graph[which];
   double* room = reinterpret_cast<double*>(shared_memory());
   const int64_t k = blockIdx.x * int64_t{kThreads} + thread_index();
-  const int64_t step = g.vertices / 8 > 0 ? g.vertices / 8 : 1;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     double spread = 0;
@@ -71,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) means_kernel(const __grid_constant__
       sum /= static_cast<T>(g.vertices);
       const T mean = sum - sum == T(0) ? sum : T(0);  // the sum of huge finite logits may overflow
       g.packed.mean[side * g.dims + k] = mean;
-      for (int64_t v = 0; v < g.vertices; v += step) {
+      for (int64_t v = 0; v < g.vertices; v += spread_step(g)) {
         const double far = static_cast<double>(x[v * g.dims + k]) - static_cast<double>(mean);
         spread += far * far;
       }
@@ -81,30 +85,59 @@ __global__ void __launch_bounds__(kThreads) means_kernel(const __grid_constant__
   }
 }
 
-// By a warp, the result in every lane.
-template <class T> __device__ __forceinline__ T student_scale(const Graph<T>& g) {
-  double student = 0, teacher = 0;
-  for (int64_t k = lane_index(); k < means_blocks(g); k += 32) {
-    student += g.packed.spread[2 * k];
-    teacher += g.packed.spread[2 * k + 1];
-  }
-  const double exponent = rint(0.5 * log2(warp_sum(teacher) / warp_sum(student)));
+// The square root of a ratio of squares, to a power of two.
+template <class T> __device__ __forceinline__ T power_of_two(double ratio) {
+  const double exponent = rint(0.5 * log2(ratio));
   constexpr double most = sizeof(T) == 4 ? 64 : 512;
   const bool usable = exponent >= -most && exponent <= most;  // neither NaN nor a vanished student or teacher
   return usable ? static_cast<T>(ldexp(1.0, static_cast<int>(exponent))) : T(1);
 }
 
-// A component of a vertex: centred, the student scaled. The residual is student minus teacher first: exact near
-// convergence.
+// Powers of two that bring the student to the teacher's size and both, as float16 operands, to kHalfLength.
+template <class T> struct Scales {
+  T student, teacher;
+};
+
+// By a warp, the result in every lane.
+template <class T> __device__ __forceinline__ Scales<T> find_scales(const Graph<T>& g) {
+  double student = 0, teacher = 0;
+  for (int64_t k = lane_index(); k < means_blocks(g); k += 32) {
+    student += g.packed.spread[2 * k];
+    teacher += g.packed.spread[2 * k + 1];
+  }
+  student = warp_sum(student), teacher = warp_sum(teacher);
+  const double wanted = static_cast<double>(kHalfLength) * kHalfLength * spread_vertices(g);
+  const T both = g.packed.x_s.half ? power_of_two<T>(wanted / teacher) : T(1);
+  return {both * power_of_two<T>(teacher / student), both};
+}
+
+// A component of a vertex: centred and scaled. The residual is student minus teacher first: exact near convergence.
 template <class T> struct Centred {
   T student, teacher, residual;
 
-  __device__ __forceinline__ Centred(const Graph<T>& g, T scale, int64_t vertex, int64_t k) {
-    const T s = scale * g.student[vertex * g.dims + k], t = g.teacher[vertex * g.dims + k];
-    const T mean_s = scale * g.packed.mean[k], mean_t = g.packed.mean[g.dims + k];
+  __device__ __forceinline__ Centred(const Graph<T>& g, const Scales<T>& scale, int64_t vertex, int64_t k) {
+    const T s = scale.student * g.student[vertex * g.dims + k], t = scale.teacher * g.teacher[vertex * g.dims + k];
+    const T mean_s = scale.student * g.packed.mean[k], mean_t = scale.teacher * g.packed.mean[g.dims + k];
     student = s - mean_s, teacher = t - mean_t, residual = (s - t) - (mean_s - mean_t);
   }
 };
+
+// Component k of vertex v in all parts of an operand; returns what they add up to. The first part, which is the
+// gradient's, may have a value of its own. A component beyond float16 is 0 there, since a pruned edge's coefficient 0
+// times infinity would be NaN, and NaN in the vertex's norm, which leaves its edges to the literal stage.
+template <class T> __device__ __forceinline__ T pack_component(const Packed<T>& to, const Operand& x, int64_t v,
+                                                               int64_t k, T value, T first) {
+  const int64_t at = v * to.parts * to.ld + k;
+  const bool fits = !x.half || fabs(value) <= kHalfLargest;
+  if (!fits) value = first = 0;
+  store(x, at, first);
+  if (to.parts == 1) return fits ? load<T>(x, at) : kNotANumber<T>;
+  store(x, at + to.ld, value);
+  const T high = load<T>(x, at + to.ld);
+  store(x, at + 2 * to.ld, value - high);
+  store(x, at + 3 * to.ld, value);
+  return fits ? high + load<T>(x, at + 2 * to.ld) : kNotANumber<T>;
+}
 
 // A vertex a warp.
 template <class T> int64_t pack_blocks(const Graph<T>& g) { return ceil_div(g.vertices, kWarps); }
@@ -114,24 +147,22 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   const Graph<T>& g = p.graph[which];
   const Packed<T>& to = g.packed;
   const int64_t v = blockIdx.x * int64_t{kWarps} + warp_index();
-  const T scale = student_scale(g);
-  if (blockIdx.x == 0 && thread_index() == 0) g.status->scale = scale;
+  const Scales<T> scale = find_scales(g);
+  if (blockIdx.x == 0 && thread_index() == 0) g.status->scale[0] = scale.student, g.status->scale[1] = scale.teacher;
   if (v >= g.vertices) return;  // a whole warp
   T square_s = 0, square_t = 0, square_w = 0, reach_s = 0, reach_t = 0;
   for (int64_t k = lane_index(); k < to.ld; k += 32) {
-    const int64_t at = v * to.ld + k;
     if (k >= g.dims) {
-      store(to.x_s, at, static_cast<T>(k == g.dims));
-      store(to.x_t, at, T(0));
-      store(to.x_w, at, static_cast<T>(k == g.dims + 1));
+      pack_component(to, to.x_s, v, k, T(0), static_cast<T>(k == g.dims));
+      pack_component(to, to.x_t, v, k, T(0), T(0));
+      pack_component(to, to.x_w, v, k, T(0), static_cast<T>(k == g.dims + 1));
       continue;
     }
     const Centred<T> own(g, scale, v, k);
-    store(to.x_s, at, own.student);
-    store(to.x_t, at, own.teacher);
-    store(to.x_w, at, own.residual);
     // Norms of what the products see, so that the distances are those of the rounded vectors.
-    const T x = load<T>(to.x_s, at), y = load<T>(to.x_t, at), w = load<T>(to.x_w, at);
+    const T x = pack_component(to, to.x_s, v, k, own.student, own.student);
+    const T y = pack_component(to, to.x_t, v, k, own.teacher, own.teacher);
+    const T w = pack_component(to, to.x_w, v, k, own.residual, own.residual);
     square_s += x * x;
     square_t += y * y;
     square_w += w * w;
@@ -151,8 +182,11 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   to.reach_t[v] = reach_t;
 }
 
-// The factors of the entropy as sums of two bfloat16, side by side: [high, high, low] times [high, low, high]. A vertex
-// a warp, those of the rows first.
+// The factors of the entropy as sums of two float16, side by side: [high, high, low] times [high, low, high]. A vertex
+// a warp, those of the rows first. Probabilities up to 1 and surprisals up to 16 are scaled to the upper end of
+// float16's range, so that the second terms keep their digits: all entropies are then 2^24 times as large, and so is
+// the threshold.
+constexpr float kProbsScale = 16384.0f, kSurprisalsScale = 1024.0f;
 template <class T> int64_t split_blocks(const Graph<T>& g) { return ceil_div(g.rows + g.columns, kWarps); }
 
 template <class T>
@@ -166,10 +200,11 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   const T* from = (row ? g.probs : g.surprisals) + v * g.depth;
   for (int64_t k = lane_index(); k < g.depth; k += 32) {
     const int64_t at = v * 3 * g.depth + k;
-    store(to, at, from[k]);
-    const T low = from[k] - load<T>(to, at);
-    store(to, at + g.depth, row ? from[k] : low);
-    store(to, at + 2 * g.depth, row ? low : from[k]);
+    const T x = from[k] * (row ? kProbsScale : kSurprisalsScale);
+    store(to, at, x);
+    const T low = x - load<T>(to, at);
+    store(to, at + g.depth, row ? x : low);
+    store(to, at + 2 * g.depth, row ? low : x);
   }
 }
 

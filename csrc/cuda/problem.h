@@ -28,25 +28,34 @@ template <class T> struct Status {
   unsigned long long kept;    // edges at or below
   T threshold;
   int nan;                    // an entropy is not a number
-  T scale;                    // of the student's operands, a power of two
+  T scale[2];                 // of the operands of student and teacher, powers of two
   int uncertified;            // an edge is left to the literal stage
   uint64_t prefix[2];         // of the rank's key and of its successor's, so far
   int64_t rest[2];            // their ranks among the keys with the prefix
 };
 
-// An operand of the products of the dense form: T, or bfloat16.
+// An operand of the products of the dense form: T, or float16.
 struct Operand {
   void* data;
   bool half;
 };
 
+// The length that float16 operands give a typical vertex. Components are then far from both ends of float16's range,
+// and so are coefficients of typical edges, which are inverse squares of lengths, times its square.
+constexpr int kHalfLength = 256;
+
 // What the dense form knows of the vertices, packed for products. Rows have `ld` elements: the dimensions, then two
 // columns that are 1 and 0 in x_s, 0 and 1 in x_w, so that products with them give the sums of the coefficients.
 template <class T> struct Packed {
   int64_t ld;
-  Operand x_s, x_t, x_w;  // [V, ld]: centred, the student scaled; x_w: the residual
+  // [V, parts, ld]: centred and scaled; x_w: the residual. One part, or four where operands are sums of two: [high,
+  // high, low, high], of which one side of an edge takes the first three, the other the last three. The gradient takes
+  // the first.
+  Operand x_s, x_t, x_w;
+  int64_t parts;
+  T coefficient_scale;    // of the coefficients as operands
   T *square_s, *square_t, *square_w, *reach_s, *reach_t;  // [V]: see EdgeInput
-  Operand probs, surprisals;  // of the entropy: the graph's own, or [V, 3 K] of two bfloat16 terms
+  Operand probs, surprisals;  // of the entropy: the graph's own, or [V, 3 K] of two float16 terms
   int64_t entropy_depth;
   // Working memory.
   int64_t chunks;       // of the vertices, for sums

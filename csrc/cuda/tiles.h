@@ -17,8 +17,9 @@ inline Operand take_operand(Carver& carver, int64_t count, bool half, size_t byt
 }
 
 // What outlives the graph's turn: what the literal stage and the end need.
-template <class T> void plan_dense(Carver& carver, Graph<T>& g) {
+template <class T> void plan_dense(Carver& carver, Graph<T>& g, const Settings& settings) {
   Packed<T>& packed = g.packed;
+  packed.coefficient_scale = static_cast<T>(settings.half_terms > 0 ? kHalfLength * kHalfLength : 1);
   packed.ld = ceil_div(g.dims + 2, 8) * 8;
   packed.mean = carver.take<T>(2 * g.dims);
   packed.row_bits = carver.take<uint32_t>(g.rows * ceil_div(g.columns, 32));
@@ -66,10 +67,7 @@ template <class T> class TiledGraph {
     if (g_.need_grad) clear(g_.grad, g_.vertices * g_.grad_ld, stream_);
     for_each_tile([&](const Tile<T>& tile) {
       if (!g_.keep_all && !stored_) multiply_entropy(tile);
-      const Operand operands[3] = {g_.packed.x_s, g_.packed.x_t, g_.packed.x_w};
-      for (int k = 0; k < 3; ++k)
-        multiply_({tile.dots + k * tile.rows * tile.ld, tile.ld, from(operands[k], tile.row, g_.packed.ld),
-                   from(operands[k], g_.first_b + tile.column, g_.packed.ld), tile.rows, tile.columns, g_.dims});
+      multiply_edges(tile);
       launch(dense_kernel<T>, {dense_blocks(tile)}, stream_, p_, which_, tile);
       if (g_.need_grad) multiply_coefficients(tile);
     });
@@ -82,8 +80,10 @@ template <class T> class TiledGraph {
 
   static void carve(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
     Packed<T>& packed = g.packed;
+    const bool half = settings.half_terms > 0;
+    packed.parts = settings.half_terms == 2 ? 4 : 1;
     for (Operand* x : {&packed.x_s, &packed.x_t, &packed.x_w})
-      *x = take_operand(carver, g.vertices * packed.ld, settings.half, sizeof(T));
+      *x = take_operand(carver, g.vertices * packed.parts * packed.ld, half, sizeof(T));
     for (T** array : {&packed.square_s, &packed.square_t, &packed.square_w, &packed.reach_s, &packed.reach_t})
       *array = carver.take<T>(g.vertices);
     packed.chunks = std::min(int64_t{32}, ceil_div(g.vertices, 4 * kTile));
@@ -95,17 +95,17 @@ template <class T> class TiledGraph {
     tile.ld = ceil_div(tile.columns, 8) * 8;
     tile.dots = carver.take<T>(3 * tile.rows * tile.ld);
     if (g.need_grad) {
-      tile.gamma = take_operand(carver, tile.rows * tile.ld, settings.half, sizeof(T));
-      tile.beta = take_operand(carver, tile.rows * tile.ld, settings.half, sizeof(T));
+      tile.gamma = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
+      tile.beta = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
       tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * packed.ld);
     }
     if (g.keep_all) return;
     g.digits = carver.take<unsigned long long>(2 * kDigits);
     tile.entropy_ld = stores(g, settings) ? g.columns : tile.ld;
     tile.entropy = carver.take<T>((stores(g, settings) ? g.rows : tile.rows) * tile.entropy_ld);
-    packed.entropy_depth = settings.half ? 3 * g.depth : g.depth;
+    packed.entropy_depth = half ? 3 * g.depth : g.depth;
     packed.probs = {const_cast<T*>(g.probs), false}, packed.surprisals = {const_cast<T*>(g.surprisals), false};
-    if (!settings.half) return;
+    if (!half) return;
     packed.probs = take_operand(carver, g.rows * packed.entropy_depth, true, sizeof(T));
     packed.surprisals = take_operand(carver, g.columns * packed.entropy_depth, true, sizeof(T));
   }
@@ -143,6 +143,19 @@ template <class T> class TiledGraph {
     multiply_({tile.entropy, tile.entropy_ld, probs, surprisals, tile.rows, tile.columns, depth});
   }
 
+  void multiply_edges(const Tile<T>& tile) {
+    const Packed<T>& packed = g_.packed;
+    const int64_t row = packed.parts * packed.ld, shift = packed.parts > 1 ? packed.ld : 0;
+    const int64_t depth = packed.parts > 1 ? 3 * packed.ld : g_.dims;
+    T* out = tile.dots;
+    for (const Operand& x : {packed.x_s, packed.x_t, packed.x_w}) {
+      Factor other = from(x, g_.first_b + tile.column, row);
+      other.first += shift;
+      multiply_({out, tile.ld, from(x, tile.row, row), other, tile.rows, tile.columns, depth});
+      out += tile.rows * tile.ld;
+    }
+  }
+
   // grad += gamma x_s - beta x_w, on both sides.
   void multiply_coefficients(const Tile<T>& tile) {
     const int64_t ld = g_.packed.ld, row = tile.row, column = g_.first_b + tile.column;
@@ -152,7 +165,8 @@ template <class T> class TiledGraph {
       const int64_t count = by_row ? tile.rows : tile.columns, edges = by_row ? tile.columns : tile.rows;
       const auto product = [&](T* out, const Operand& coefficients, const Operand& x) {
         const Factor c = from(coefficients, 0, tile.ld);
-        multiply_({out, ld, by_row ? c : transposed(c), transposed(from(x, other, ld)), count, ld, edges});
+        const Factor vectors = transposed(from(x, other, g_.packed.parts * ld));
+        multiply_({out, ld, by_row ? c : transposed(c), vectors, count, ld, edges});
       };
       product(tile.products, tile.gamma, g_.packed.x_s);
       product(tile.products + count * ld, tile.beta, g_.packed.x_w);

@@ -1,6 +1,6 @@
 // The operators of the `cuda` backend: tensors to the kernels' plain structures, on the current device and stream.
 
-#include "../../stable.h"
+#include "../checks.h"
 #include "../on_device.h"
 #include "relation_graphs.h"
 
@@ -24,8 +24,6 @@ namespace vrm {
 namespace cuda {
 namespace steps {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // A matrix that the kernels may touch. The tests' emulation is told where it lies.
 template <class T, class V = std::remove_const_t<T>> Matrix<T> matrix_of(const Tensor& x, bool transposed) {
@@ -89,7 +87,7 @@ Tuning tuning_of(const std::string& form, int64_t tile_edge, int64_t stored_entr
     tuning.form = Form::tiles;
   else
     refuse(form != "auto", "the form is 'auto', 'one_launch', 'launches' or 'tiles', not '" + form + "'");
-  refuse(tile_edge <= 0, "the edge of a tile must be positive, not " + std::to_string(tile_edge));
+  check_tile_edge(tile_edge);
   return tuning;
 }
 
@@ -165,6 +163,10 @@ Four cuda_relation_graph(const Tensor& a, const Tensor& b, const Tensor& teacher
                          const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank,
                          double lerp_weight, double delta, double eps, bool exclude_self, bool need_grad,
                          const std::string& form, int64_t tile_edge, int64_t stored_entropy_bytes) {
+  check_graph(a, b, teacher_a, teacher_b, probs_a, probs_b, exclude_self);
+  check_settings(delta, eps);
+  const int64_t edges = a.size(0) * b.size(0) - (exclude_self ? a.size(0) : 0);
+  if (probs_a.has_value() && edges > 0) check_rank(rank, lerp_weight, edges);
   const OnDevice device(a);
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
   OptionalTensor p, l;
@@ -215,6 +217,13 @@ template <class T> Tensor count_digits(const Tensor& x, const Tensor& prefixes, 
 }
 
 Tensor cuda_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
+  STD_TORCH_CHECK(x.dim() == 2, "the entropies must be [m, n], not ", sizes_of(x));
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "the entropies must be float32 or float64, not ", name_of(x));
+  check_device(x, "the entropies", x);
+  check_dense_rows(x, "the entropies");
+  check_vector(prefixes, "prefixes", 2, x);
+  check_type(prefixes, "prefixes", ScalarType::Long);
   const OnDevice device(x);
   return (x.scalar_type() == ScalarType::Double ? count_digits<double> : count_digits<float>)(x, prefixes, shift, bits);
 }
@@ -261,6 +270,27 @@ Tensor cuda_relation_share(const Tensor& a, const Tensor& b, const Tensor& teach
                            const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b,
                            const Tensor& threshold, const Tensor& kept, double weight, double delta, double eps,
                            bool exclude_self, bool need_grad, int64_t tile_edge) {
+  check_sides(a, b, teacher_a, teacher_b);
+  check_settings(delta, eps);
+  const auto type = a.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "a must be float32 or float64, not ",
+                  name_of(a));
+  check_type(b, "b", type);
+  check_type(teacher_a, "teacher_a", type);
+  check_type(teacher_b, "teacher_b", type);
+  if (entropy.has_value()) {
+    check_matrix(*entropy, "entropy", a.size(0), b.size(0), a);
+    check_type(*entropy, "entropy", type);
+    check_dense_rows(*entropy, "entropy");
+  }
+  if (need_grad) {
+    check_matrix(grad_a, "grad_a", a.size(0), a.size(1), a);
+    check_matrix(grad_b, "grad_b", b.size(0), a.size(1), a);
+    check_type(grad_a, "grad_a", type);
+    check_type(grad_b, "grad_b", type);
+  }
+  check_scalar(threshold, "threshold", type, a);
+  check_scalar(kept, "kept", ScalarType::Long, a);
   const OnDevice device(a);
   const auto share = a.scalar_type() == ScalarType::Double ? relation_share<double> : relation_share<float>;
   return share(a, b, teacher_a, teacher_b, entropy, threshold, kept, weight, delta, eps, exclude_self,
@@ -326,6 +356,14 @@ Five cuda_vrm_graphs(const Tensor& student_real, const Tensor& student_virtual, 
                      const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps,
                      bool complete, bool need_grad, const std::string& form, int64_t tile_edge,
                      int64_t stored_entropy_bytes) {
+  check_views(student_real, student_virtual, teacher_real, teacher_virtual);
+  check_settings(delta, eps);
+  check_two(ranks, lerp_weights);
+  for (int k = 0; k < 2 && !keep_all; ++k) {
+    const int64_t vertices = student_real.size(k) * (complete ? 2 : 1);
+    const int64_t edges = vertices * vertices - (complete ? vertices : 0);
+    if (edges > 0) check_rank(ranks[k], lerp_weights[k], edges);
+  }
   const OnDevice device(student_real);
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
   const Tensor student[2] = {convert(student_real, type), convert(student_virtual, type)};

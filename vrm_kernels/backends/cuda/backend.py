@@ -27,9 +27,9 @@ from vrm_kernels.graph import forms, pruning, selection
 
 _cuda = torch.ops.vrm_kernels
 MOST_BITS = 11  # of a digit; csrc/cuda/steps/graph.h
-# Components of bfloat16 logits from which the roundings of bfloat16 operands average out: the loss is then within 1e-5,
-# and the gradient is nearer than its own rounding to bfloat16. That to float16 is finer.
-AVERAGING_COMPONENTS = 2**20
+# Components of bfloat16 logits from which the roundings of single float16 operands average out: the loss is then within
+# 1e-5, and the gradient ten times nearer than its own rounding to bfloat16. That to float16 is finer.
+AVERAGING_COMPONENTS = 2**16
 STAGED = ("staged", "literal", "dense")
 
 
@@ -55,8 +55,17 @@ def _staged(vectors: Sequence[Tensor], graphs: Sequence[tuple[int, int, int]], p
         return None
     form = forms.form(graphs, percentile) if TUNING.form == "staged" else TUNING.form
     dense = form == "dense"
-    half = dense and vectors[0].numel() >= AVERAGING_COMPONENTS and all(x.dtype == torch.bfloat16 for x in vectors)
-    return dense, half, *TUNING[1:]
+    return dense, _float16_terms(vectors) if dense else 0, *TUNING[1:]
+
+
+def _float16_terms(vectors: Sequence[Tensor]) -> int:
+    """How many float16 numbers an operand of the edges' products is the sum of; 0: it is what is computed in."""
+    dtypes = {x.dtype for x in vectors}
+    if torch.float64 in dtypes:
+        return 0
+    if torch.float32 in dtypes:
+        return 1 if torch.get_float32_matmul_precision() == "medium" else 0
+    return 1 if dtypes == {torch.bfloat16} and vectors[0].numel() >= AVERAGING_COMPONENTS else 2
 
 
 class CudaBackend(Backend):

@@ -119,7 +119,7 @@ std::vector<std::unique_ptr<Buffer>> buffers;
 Buffer* last_buffer = nullptr;
 uint32_t grid_time = 0;
 uint64_t order_seed = 0;
-bool checking = true, known_device = true;
+bool checking = true, known_device = true, tf32 = false;
 int64_t launches = 0, fibres_run = 0;
 std::vector<std::string> kernels_run;
 
@@ -336,6 +336,12 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 }
 
 bool device_is_known() { return known_device; }
+bool takes_tf32() { return tf32; }
+
+void drop_buffers() {
+  buffers.clear();
+  last_buffer = nullptr;
+}
 
 char* shared_memory() { return blocks[current->block].memory.data(); }
 
@@ -373,8 +379,7 @@ void forget_buffers() {
   for (const auto& buffer : buffers)
     if (checking && buffer->access == Access::output)
       missing += std::count(buffer->written.begin(), buffer->written.end(), 0);
-  buffers.clear();
-  last_buffer = nullptr;
+  drop_buffers();
   if (missing > 0)
     throw std::runtime_error("cuda_shim: " + std::to_string(missing) + " words of the outputs were not written");
 }
@@ -420,8 +425,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entr
     if (!fault.empty()) break;
   }
   if (fault.empty()) return;
-  buffers.clear();
-  last_buffer = nullptr;
+  drop_buffers();
   const std::string what = std::exchange(fault, std::string());
   throw std::runtime_error("cuda_shim: " + what);
 }
@@ -459,6 +463,8 @@ void cuda_shim_set_order(uint64_t seed) { shim::order_seed = seed; }
 void cuda_shim_set_checks(int on) { shim::checking = on != 0; }
 // Whether the kernels were compiled for the device.
 void cuda_shim_set_known_device(int on) { shim::known_device = on != 0; }
+// Whether products of float32 are those of the matrix units.
+void cuda_shim_set_tf32(int on) { shim::tf32 = on != 0; }
 int64_t cuda_shim_launches() { return shim::launches; }
 void cuda_shim_forget_kernels() { shim::kernels_run.clear(); }
 // Their names, a line each, into `out`; returns how many bytes that takes.

@@ -38,7 +38,9 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the running fibre
 namespace shim {
 
 // Scratch must be written before it is read, and so must an output, of which every element must be written at the end.
-enum class Access { scratch, output, initialised };
+enum class Access { scratch,
+                    output,
+                    initialised };
 
 void sync_block();
 void sync_grid();
@@ -47,6 +49,7 @@ void sync_warp();
 const uint64_t* exchange(unsigned mask, uint64_t value);
 char* shared_memory();
 bool device_is_known();
+bool takes_tf32();
 void note_atomic(const void* address, int bytes);
 
 // The kernels may touch these bytes until forget_buffers(), which throws if part of an output was not written.
@@ -54,6 +57,7 @@ void note_atomic(const void* address, int bytes);
 void expect_buffer(const void* address, int64_t bytes, Access access, int64_t granule = 4);
 void note_written(const void* address, int64_t bytes);
 void forget_buffers();
+void drop_buffers();  // of a call that has failed
 
 using Entry = void (*)(const void* arguments);
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, bool cooperative, Entry entry, const void* arguments,
@@ -131,7 +135,8 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorCooperativeLaunchTooLarge = 720
 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrCooperativeLaunch = 95 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16,
+                      cudaDevAttrCooperativeLaunch = 95 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -179,6 +184,7 @@ inline cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaS
 template <class... Parameters, class... Arguments> cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config,
                                                                                   void (*kernel)(Parameters...),
                                                                                   Arguments&&... arguments) {
+  if (!shim::device_is_known()) return shim::drop_buffers(), cudaErrorNoKernelImageForDevice;
   if (config->gridDim.x == 0 || config->blockDim.x % 32 != 0) return cudaErrorInvalidValue;
   const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative != 0;
   if (cooperative && config->gridDim.x > kShimMultiprocessors * kShimResidentBlocks)

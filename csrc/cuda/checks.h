@@ -1,0 +1,134 @@
+// What the operators refuse before any work, in words for the person who gets them. The public functions refuse the
+// same earlier; these are for who calls the operators.
+#pragma once
+
+#include "../stable.h"
+
+#include <cuda_runtime_api.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace vrm {
+namespace cuda {
+
+using OptionalTensor = std::optional<Tensor>;
+using torch::headeronly::DeviceType;
+
+#if defined(VRM_CUDA_SHIM)  // the tests run all of this on the host
+constexpr DeviceType kDevice = DeviceType::CPU;
+#else
+constexpr DeviceType kDevice = DeviceType::CUDA;
+#endif
+
+inline std::string sizes_of(const Tensor& x) {
+  std::string sizes;
+  for (int64_t d = 0; d < x.dim(); ++d) sizes += (d == 0 ? "" : ", ") + std::to_string(x.size(d));
+  return "[" + sizes + "]";
+}
+
+inline const char* name_of(const Tensor& x) { return torch::headeronly::toString(x.scalar_type()); }
+
+inline void check_device(const Tensor& x, const char* name, const Tensor& first) {
+  STD_TORCH_CHECK(x.device().type() == kDevice && x.get_device_index() == first.get_device_index(), name,
+                  " must be on the CUDA device of the first argument");
+}
+
+inline void check_float(const Tensor& x, const char* name) {
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                      type == ScalarType::Half,
+                  name, " must be float64, float32, bfloat16 or float16, not ", name_of(x));
+}
+
+inline void check_type(const Tensor& x, const char* name, ScalarType type) {
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " must be ", torch::headeronly::toString(type), ", not ", name_of(x));
+}
+
+inline void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns, const Tensor& first) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns, name, " must be [", rows, ", ", columns,
+                  "], not ", sizes_of(x));
+  check_float(x, name);
+  check_device(x, name, first);
+}
+
+inline void check_vector(const Tensor& x, const char* name, int64_t size, const Tensor& first) {
+  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size, name, " must be [", size, "], not ", sizes_of(x));
+  check_device(x, name, first);
+}
+
+// The rows of a matrix that a kernel reads in place.
+inline void check_dense_rows(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, name, " must have dense rows, not a stride of ", x.stride(1));
+}
+
+inline void check_scalar(const Tensor& x, const char* name, ScalarType type, const Tensor& first) {
+  STD_TORCH_CHECK(x.numel() == 1, name, " must be one number, not ", sizes_of(x));
+  check_type(x, name, type);
+  check_device(x, name, first);
+}
+
+// The vectors of both sides of a graph.
+inline void check_sides(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b) {
+  STD_TORCH_CHECK(a.dim() == 2 && b.dim() == 2, "a and b must be [M, D] and [N, D], not ", sizes_of(a), " and ",
+                  sizes_of(b));
+  check_matrix(a, "a", a.size(0), a.size(1), a);
+  check_matrix(b, "b", b.size(0), a.size(1), a);
+  check_matrix(teacher_a, "teacher_a", a.size(0), a.size(1), a);
+  check_matrix(teacher_b, "teacher_b", b.size(0), a.size(1), a);
+}
+
+inline void check_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
+                        const OptionalTensor& probs_a, const OptionalTensor& probs_b, bool exclude_self) {
+  check_sides(a, b, teacher_a, teacher_b);
+  STD_TORCH_CHECK(!exclude_self || a.size(0) == b.size(0), "one vertex set on both sides has one size, not ", a.size(0),
+                  " and ", b.size(0));
+  STD_TORCH_CHECK(a.numel() > 0 && b.numel() > 0, "a and b must not be empty: they are ", sizes_of(a), " and ",
+                  sizes_of(b));
+  STD_TORCH_CHECK(probs_a.has_value() == probs_b.has_value(), "probs are given for both sides or for none");
+  if (!probs_a.has_value()) return;
+  STD_TORCH_CHECK(probs_a->dim() == 2 && probs_a->size(1) > 0, "probs_a must be [", a.size(0), ", K], not ",
+                  sizes_of(*probs_a));
+  check_matrix(*probs_a, "probs_a", a.size(0), probs_a->size(1), a);
+  check_matrix(*probs_b, "probs_b", b.size(0), probs_a->size(1), a);
+}
+
+inline void check_views(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,
+                        const Tensor& teacher_virtual) {
+  STD_TORCH_CHECK(student_real.dim() == 2 && student_real.numel() > 0, "logits must be [B, C], and not empty, not ",
+                  sizes_of(student_real));
+  const int64_t rows = student_real.size(0), columns = student_real.size(1);
+  check_matrix(student_real, "student_real", rows, columns, student_real);
+  check_matrix(student_virtual, "student_virtual", rows, columns, student_real);
+  check_matrix(teacher_real, "teacher_real", rows, columns, student_real);
+  check_matrix(teacher_virtual, "teacher_virtual", rows, columns, student_real);
+}
+
+inline void check_settings(double delta, double eps) {
+  STD_TORCH_CHECK(delta > 0, "delta must be positive, not ", delta);
+  STD_TORCH_CHECK(eps > 0, "eps must be positive, not ", eps);
+}
+
+inline void check_tile_edge(int64_t tile_edge) {
+  STD_TORCH_CHECK(tile_edge > 0, "the edge of a tile must be positive, not ", tile_edge);
+}
+
+inline void check_half_terms(int64_t half_terms, ScalarType computed) {
+  const int64_t most = computed == ScalarType::Double ? 0 : 2;
+  STD_TORCH_CHECK(half_terms >= 0 && half_terms <= most, "operands of ", torch::headeronly::toString(computed),
+                  " are sums of 0 to ", most, " float16 numbers, not ", half_terms);
+}
+
+inline void check_two(const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights) {
+  STD_TORCH_CHECK(ranks.size() == 2 && lerp_weights.size() == 2, "a rank and a weight for each of two graphs, not ",
+                  ranks.size(), " and ", lerp_weights.size());
+}
+
+inline void check_rank(int64_t rank, double lerp_weight, int64_t edges) {
+  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
+                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
+}
+
+}  // namespace cuda
+}  // namespace vrm
