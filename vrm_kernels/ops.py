@@ -5,14 +5,13 @@ PyTorch, never wrapped in an operator.
 """
 
 import contextlib
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from vrm_kernels import backends
+from vrm_kernels import backends, checks
 from vrm_kernels.backends.contract import (
     GraphSettings,
     LossResult,
@@ -139,9 +138,7 @@ def settings_of(weights: Tensor | None, values: tuple) -> LossSettings:
     settings = LossSettings(*values)
     if weights is None:
         return settings
-    alpha, beta = weights.tolist()
-    if not (0 <= alpha < math.inf and 0 <= beta < math.inf):
-        raise ValueError(f"alpha and beta must be >= 0 and finite, got {alpha} and {beta}")
+    alpha, beta, _ = checks.check_weights(*weights.tolist())
     return settings._replace(alpha=alpha, beta=beta)
 
 
