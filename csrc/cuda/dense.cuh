@@ -85,15 +85,18 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
   packed.losses[(tile.row + i0) / kTile * ceil_div(g.columns, kTile) + column / kTile] = total;
 }
 
-// The gradients of a tile, edge.h's gamma x_s - beta x_w from the two products, added to those of the tiles before.
-inline int64_t add_blocks(int64_t count) { return ceil_div(count, 4 * kThreads); }
+// The gradients of a tile, edge.h's gamma x_s - beta x_w from the two products [count, width], added to those of the
+// tiles before.
+constexpr int64_t kAddOfBlock = 4 * kThreads;
+inline int64_t add_blocks(int64_t count, int64_t width) { return count * ceil_div(width, kAddOfBlock); }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) add_kernel(T* grad, const T* products, int64_t count) {
+template <class T> __global__ void __launch_bounds__(kThreads)
+    add_kernel(T* grad, int64_t ld, const T* products, int64_t count, int64_t width) {
+  const int64_t wide = ceil_div(width, kAddOfBlock), v = blockIdx.x / wide, first = blockIdx.x % wide * kAddOfBlock;
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int64_t at = (blockIdx.x * int64_t{4} + k) * kThreads + thread_index();
-    if (at < count) grad[at] += products[at] - products[count + at];
+  for (int r = 0; r < 4; ++r) {
+    const int64_t k = first + r * kThreads + thread_index();
+    if (k < width) grad[v * ld + k] += products[v * width + k] - products[(count + v) * width + k];
   }
 }
 

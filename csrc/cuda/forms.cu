@@ -14,15 +14,17 @@ namespace cuda {
 namespace {
 
 // The graphs of a batch are views of the arrays that prepare writes.
-template <class T> void plan_batch(Carver& carver, Problem<T>& p) {
+template <class T> void plan_batch(Carver& carver, Problem<T>& p, const Settings& settings) {
   Batch<T>& b = p.batch;
   const int64_t size = 2 * b.samples * b.classes;
   const bool pruned = !p.graph[0].keep_all;
   for (T** array : {&b.student_rows, &b.teacher_rows, &b.student_columns, &b.teacher_columns})
     *array = carver.take<T>(size);
   if (pruned || b.cross_entropy[0] || b.cross_entropy[1]) b.probs = carver.take<T>(size);
-  if (pruned)
-    for (T** array : {&b.surprisals, &b.probs_columns, &b.surprisals_columns}) *array = carver.take<T>(size);
+  if (pruned) b.surprisals = carver.take<T>(size);
+  const bool split = settings.half_terms > 0;  // into operands, which are written from the rows
+  if (pruned && !split)
+    for (T** array : {&b.probs_columns, &b.surprisals_columns}) *array = carver.take<T>(size);
   b.ce_losses = carver.take<double>(2 * b.samples);
   for (T** array : {&b.ce_weights, &b.ce_targets, &b.poison}) *array = carver.take<T>(2 * b.samples);
   for (int k = 0; k < 2; ++k) {
@@ -34,8 +36,10 @@ template <class T> void plan_batch(Carver& carver, Problem<T>& p) {
     g.dims = g.depth = k == 0 ? b.classes : b.samples;
     g.student = k == 0 ? b.student_rows : b.student_columns;
     g.teacher = k == 0 ? b.teacher_rows : b.teacher_columns;
-    g.probs = k == 0 ? b.probs : b.probs_columns;
-    if (pruned) g.surprisals = (k == 0 ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth;
+    g.by_class = split && k == 1;
+    g.probs = k == 0 || split ? b.probs : b.probs_columns;
+    // Of the second view where it is side b: as many numbers further on in either order.
+    if (pruned) g.surprisals = (k == 0 || split ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth;
     for (int view = 0; view < 2; ++view) {
       Output<T>& o = p.output[view];
       o.rows = b.samples, o.columns = b.classes;
@@ -96,7 +100,7 @@ template <class T> int64_t plan(Problem<T>& problem, const Settings& settings, c
   Problem<T>& p = memory == nullptr ? counted : problem;
   Carver carver(memory);
   p.totals = carver.take<Totals>(1);
-  p.batch.samples > 0 ? plan_batch(carver, p) : plan_vectors(carver, p);
+  p.batch.samples > 0 ? plan_batch(carver, p, settings) : plan_vectors(carver, p);
   for (int k = 0; k < p.graphs; ++k) plan_graph(carver, p.graph[k], settings);
   if (!settings.dense) return carver.used();
   p.memory = memory == nullptr ? nullptr : memory + carver.used();

@@ -197,10 +197,12 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   const bool row = v < g.rows;
   if (!row) v -= g.rows;
   const Operand& to = row ? g.packed.probs : g.packed.surprisals;
-  const T* from = (row ? g.probs : g.surprisals) + v * g.depth;
+  const int64_t classes = p.batch.classes, stride = g.by_class ? classes : 1;
+  const int64_t first = g.by_class ? v / classes * (classes * g.depth) + v % classes : v * g.depth;
+  const T* from = (row ? g.probs : g.surprisals) + first;
   for (int64_t k = lane_index(); k < g.depth; k += 32) {
     const int64_t at = v * 3 * g.depth + k;
-    const T x = from[k] * (row ? kProbsScale : kSurprisalsScale);
+    const T x = from[k * stride] * (row ? kProbsScale : kSurprisalsScale);
     store(to, at, x);
     const T low = x - load<T>(to, at);
     store(to, at + g.depth, row ? x : low);

@@ -73,6 +73,7 @@ template <class T> struct Graph {
   int64_t vertices, first_b;           // V
   const T *student, *teacher;          // [V, D]
   const T *probs, *surprisals;         // P [M, K], -log(P' + 1e-7) [N, K]
+  bool by_class;                       // those are [views, K, C] instead, where the form dense splits them
   bool exclude_self;                   // the edges (i, i) do not exist
   bool keep_all, need_grad;
   int64_t edges;   // how many are ranked,

@@ -11,6 +11,9 @@
 namespace vrm {
 namespace cuda {
 
+// Components of the gradients of a tile's vertices that are computed at a time.
+constexpr int64_t kProductWidth = 4096;
+
 inline Operand take_operand(Carver& carver, int64_t count, bool half, size_t bytes) {
   if (half) return {carver.take<uint16_t>(count), true};
   return {bytes == 4 ? static_cast<void*>(carver.take<float>(count)) : carver.take<double>(count), false};
@@ -97,7 +100,7 @@ template <class T> class TiledGraph {
     if (g.need_grad) {
       tile.gamma = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
       tile.beta = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
-      tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * packed.ld);
+      tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * std::min(packed.ld, kProductWidth));
     }
     if (g.keep_all) return;
     g.digits = carver.take<unsigned long long>(2 * kDigits);
@@ -163,14 +166,19 @@ template <class T> class TiledGraph {
       const bool by_row = side == 0;
       const int64_t own = by_row ? row : column, other = by_row ? column : row;
       const int64_t count = by_row ? tile.rows : tile.columns, edges = by_row ? tile.columns : tile.rows;
-      const auto product = [&](T* out, const Operand& coefficients, const Operand& x) {
-        const Factor c = from(coefficients, 0, tile.ld);
-        const Factor vectors = transposed(from(x, other, g_.packed.parts * ld));
-        multiply_({out, ld, by_row ? c : transposed(c), vectors, count, ld, edges});
-      };
-      product(tile.products, tile.gamma, g_.packed.x_s);
-      product(tile.products + count * ld, tile.beta, g_.packed.x_w);
-      launch(add_kernel<T>, {add_blocks(count * ld)}, stream_, g_.grad + own * ld, tile.products, count * ld);
+      for (int64_t k = 0; k < ld; k += kProductWidth) {
+        const int64_t width = std::min(kProductWidth, ld - k);
+        const auto product = [&](T* out, const Operand& coefficients, const Operand& x) {
+          const Factor c = from(coefficients, 0, tile.ld);
+          Factor vectors = transposed(from(x, other, g_.packed.parts * ld));
+          vectors.first += k;
+          multiply_({out, width, by_row ? c : transposed(c), vectors, count, width, edges});
+        };
+        product(tile.products, tile.gamma, g_.packed.x_s);
+        product(tile.products + count * width, tile.beta, g_.packed.x_w);
+        launch(add_kernel<T>, {add_blocks(count, width)}, stream_, g_.grad + own * ld + k, ld, tile.products, count,
+               width);
+      }
     }
   }
 

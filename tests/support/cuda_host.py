@@ -46,6 +46,7 @@ def _units(folder: Path) -> list[tuple[Path, list[str]]]:
         (CUDA / "steps" / "relation_graphs.cu", KERNEL),
         (SHIM / "planted.cu", KERNEL),
         (SHIM / "shim.cpp", ["-std=c++17"]),
+        (SHIM / "workspace.cpp", ["-std=c++17"]),
     ]
 
 
@@ -114,6 +115,8 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.cuda_shim_launches.restype = library.cuda_shim_kernels.restype = ctypes.c_int64
     library.cuda_shim_set_order.argtypes = [ctypes.c_uint64]
+    library.cuda_shim_workspace.restype = ctypes.c_int64
+    library.cuda_shim_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 4]
     return library
 
 

@@ -25,7 +25,9 @@ from helpers import (
     SETTINGS,
     Case,
     assert_parity,
+    compare,
     evaluate,
+    evaluate_relation,
     inputs,
     make_logits,
     poisoned,
@@ -521,6 +523,14 @@ def test_operands_in_float16(host, monkeypatch, dtype, kind, loss_bound, grad_bo
     compare_losses(views, None, None, settings, loss_bound, grad_bound)
 
 
+def test_torchs_newer_switch_beside_which_the_other_cannot_be_asked(host, monkeypatch):
+    set_form(monkeypatch, "dense")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    with pytest.raises(RuntimeError):
+        torch.get_float32_matmul_precision()
+    assert evaluate(cuda_host.NAME, make_logits(Case((9, 6)), torch.float32, 0)).loss.isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_parity_of_half_precision_in_the_form_dense(host, monkeypatch, dtype):
     set_form(monkeypatch, "dense")
@@ -563,6 +573,26 @@ def test_products_of_float32_follow_torchs_switch(host, monkeypatch, level, boun
         compare_losses(views, None, None, RELATIONS_ALONE._replace(percentile=100.0), bound)
     finally:
         host.cuda_shim_set_tf32(0)
+
+
+def test_a_gradient_of_more_components_than_are_multiplied_at_a_time(host, monkeypatch):
+    set_form(monkeypatch, "dense")
+    host.cuda_shim_set_checks(0)
+    vectors = [torch.randn(k, 4200) for k in (3, 2, 3, 2)]
+    host.cuda_shim_forget_kernels()
+    compare(cuda_host.NAME, vectors, FLOOR[torch.float32], evaluate_relation)
+    assert sum("add_kernel" in name for name in cuda_host.launches_run(host)) == 2 * 2
+
+
+@pytest.mark.parametrize(("half_terms", "gigabytes"), [(0, 8.1), (1, 7.0), (2, 9.4)])
+def test_working_memory_of_65536_by_1000(host, half_terms, gigabytes):
+    """What docs/cuda.md says, counted by the layout itself."""
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+
+    used = host.cuda_shim_workspace(65536, 1000, True, half_terms, *cuda_backend.TUNING[1:])
+    assert used == pytest.approx(gigabytes * 1e9, rel=0.01)
+    page = (cuda_host.ROOT / "docs" / "cuda.md").read_text()
+    assert f"{gigabytes} GB" in page[page.index("**Memory** of dense") : page.index("**The threshold**")]
 
 
 def test_the_rule_chooses_between_the_forms(host, monkeypatch):
