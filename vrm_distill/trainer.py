@@ -1,6 +1,7 @@
 """The training of one model, step by step, from its start or from where a checkpoint left it."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -154,7 +155,10 @@ class Trainer:
 
     def next_epoch(self) -> None:
         """Move to the first step of the next epoch, with its learning rate."""
-        self.schedule.step()
+        with warnings.catch_warnings():
+            # A run that resumes at the end of its first epoch has not called the optimiser in this process.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
         self.at, self.means, self.gradients = Position(self.at.epoch + 1), Means(), Means()
 
     @property
