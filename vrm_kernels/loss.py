@@ -29,7 +29,9 @@ class VRMLoss(nn.Module):
             deviation 1 (as arXiv 2403.01803 does for KD); the cross-entropies see the logits. ``None``: the logits.
         eps: added to the length that a relation is divided by, > 0. A student whose logits are all equal, as those of a
             zero-initialised head are, gets a gradient of the size 1 / eps, from which training does not recover: give
-            such a head a small random start, or a larger eps, say 1e-2.
+            such a head a small random start, or a larger eps, say 1e-2. A sample whose two views have the same logits
+            gives each view such a gradient, too, with opposite signs: where both views come from the same weights the
+            two cancel, but for their rounding, which in float32 can be as large as what is left; eps=1e-3 leaves 1e-4.
         label_smoothing: of the cross-entropies, in [0, 1].
         class_weight: ``[C]``, of the cross-entropies, as ``torch.nn.CrossEntropyLoss``'s ``weight``; moves with the
             module, and is no part of its ``state_dict``.
