@@ -27,7 +27,7 @@ PAGE = environment.ROOT / "docs" / "cpu.md"
 
 
 def measure(batch: int, classes: int, threads: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds of every stage of forward + backward (both graphs), of the whole call, and the GEMM unit."""
+    """Median milliseconds of every stage of forward + backward (softmaxes and both graphs), of the whole call, and the GEMM unit."""
     chosen = backends.REGISTRY["cpp"].load()
     settings = LossSettings(ALPHA, BETA, True, True, PERCENTILE, 1.0, RELATION_EPS, False, 0.0, -100)
     case = Case("cpp", batch, classes, threads=threads)
@@ -96,8 +96,9 @@ def _table(rows: list[dict], path: Path, where: dict[str, str], page: Path) -> s
     lines.append(["one unit, ms", *(_unit(rows, size) for size in sizes), ""])
     source = Path(os.path.relpath(path, page.resolve().parent)).as_posix()
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (
-        f"\n\nGEMM units; float32, {rows[0]['threads']} threads, random inputs, percentile {PERCENTILE:g}, loss and "
-        f"gradients of both graphs without the cross-entropies. {where['cpu']}, {where['isa']}, "
+        f"\n\nGEMM units; float32, {rows[0]['threads']} threads, random inputs, percentile {PERCENTILE:g}, the "
+        "whole loss with its gradients. Where each graph has a thread of its own (64 x 100) the stages add up to more "
+        f"than the total. {where['cpu']}, {where['isa']}, "
         f"torch {where['torch']}, commit {where['commit']}{' with changes' if where['dirty'] == 'yes' else ''}; "
         f"[{path.name}]({source})."
     )
