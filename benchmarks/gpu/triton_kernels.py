@@ -112,6 +112,7 @@ CALLS = (
     Call(1024, 1000, torch.float32, 100.0, complete=True, tf32=True, staged=True),
     Call(4096, 1000, torch.bfloat16, staged=True),
     Call(1024, 1000, torch.float64, staged=True),
+    Call(8192, 100, torch.bfloat16, staged=True),
 )
 
 
@@ -148,7 +149,9 @@ class Launch:
         """The kernel and those of its constants that tell its variants apart."""
         constants = self.named_constants.items()
         flags = [name for name, value in constants if value is True]
-        numbers = [f"{n}={v}" for n, v in constants if n in ("PASS", "TERMS", "PRECISION", "GRAPHS", "LEVELS")]
+        numbers = [
+            f"{n}={v}" for n, v in constants if n in ("PASS", "TERMS", "PRECISION", "GRAPHS", "LEVELS", "PARTS_1")
+        ]
         return " ".join([self.name, self.dtype, *numbers, *flags])
 
 

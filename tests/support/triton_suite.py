@@ -202,6 +202,13 @@ class StagedForms:
         for relations, shape in modes(self.shape):
             self.check(Case(shape, kind=kind, relations=relations, percentile=percentile))
 
+    def test_vertices_in_several_parts(self, form, monkeypatch):
+        """Where registers would not hold one."""
+        monkeypatch.setattr(launches, "LITERAL_BYTES", 64)
+        assert all(launches._literal_shape(launches.padded(max(x)), 4)[1] > 1 for x in (self.shape, (17, 3)))
+        for kind in ("random", "opposite"):
+            self.check(Case(self.shape, kind=kind, percentile=100.0))
+
     def test_near_convergence(self, form):
         for noise in ("1e-2", "1e-3"):
             case = Case(self.shape, kind=f"converged:{noise}", percentile=100.0)

@@ -16,7 +16,6 @@ from vrm_kernels.backends.contract import (
     ShareSettings,
     Sides,
     Views,
-    compute_dtype,
 )
 from vrm_kernels.backends.triton.backend import TritonBackend
 from vrm_kernels.backends.triton.counting import on_device
@@ -44,7 +43,7 @@ class StagedBackend(TritonBackend):
         b, c = views.student_real.shape
         sides = 2 if settings.complete else 1
         sizes = ((sides * b, sides * b, c), (sides * c, sides * c, b))
-        form = _form(views, sizes, settings.percentile)
+        form = _form(sizes, settings.percentile)
         if form is None:
             return super().vrm_loss(views, labels, class_weight, settings, need_grad)
         alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, *_ = settings
@@ -66,7 +65,7 @@ class StagedBackend(TritonBackend):
         if probs is None or percentile >= 100:
             probs, percentile = None, 100.0
         sizes = ((m, n, dims),)
-        form = _form(sides, sizes, percentile)
+        form = _form(sizes, percentile)
         if form is None:
             return super().relation_graph(sides, probs, settings, need_grad)
         problem = Problem(sides, probs, sizes, (1.0, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form)
@@ -85,7 +84,7 @@ class StagedBackend(TritonBackend):
         (m, dims), n = sides.a.shape, len(sides.b)
         threshold, kept, edges, weight, delta, eps, exclude_self = settings
         sizes, percentile = ((m, n, dims),), 100.0 if entropy is None else 0.0
-        form = _form(sides, sizes, 100.0)  # how many of its edges are kept is not known
+        form = _form(sizes, 100.0)  # how many of its edges are kept is not known
         if form is None:
             return super().relation_share(sides, probs, entropy, settings, grads)
         need_grad = bool(grads)
@@ -100,10 +99,9 @@ class StagedBackend(TritonBackend):
         return arrays.terms[2]
 
 
-def _form(logits: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]], percentile: float) -> forms.Form | None:
-    """None for what the present kernels alone can do: many dimensions, or entropies that do not fit."""
-    vertex = max(dims for _, _, dims in sizes) * compute_dtype(*logits).itemsize
-    if vertex > launches.LITERAL_BYTES or max(m * n for m, n, _ in sizes) > MOST_EDGES:
+def _form(sizes: Sequence[tuple[int, int, int]], percentile: float) -> forms.Form | None:
+    """None for what the present kernels alone can do: entropies that do not fit."""
+    if max(m * n for m, n, _ in sizes) > MOST_EDGES:
         return None
     return forms.form(sizes, percentile)
 

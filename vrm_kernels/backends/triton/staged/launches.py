@@ -30,7 +30,7 @@ COUNT = {"BLOCK": 4096, "num_warps": 8}
 EXACT = {"BLOCK": 4096, "num_warps": 16}
 LITERAL = {"CHUNK": 128, "num_warps": 8}
 LITERAL_TILE = 2048  # components of a tile, in float32
-LITERAL_BYTES = 2**14  # of a vertex, which is in registers of one block
+LITERAL_BYTES = 2**14  # of a vertex, or a part of it, in registers of one block
 DENSE = {"ROWS": 8, "COLUMNS": 128, "num_warps": 8}
 FINISH = {"BLOCK": 32, "num_warps": 4}
 
@@ -231,18 +231,26 @@ def select(call: Call) -> None:
 
 def literal(call: Call, targets: Targets) -> None:
     problem, edges, dense = call.problem, call.layout.edges, call.problem.form == "dense"
-    widths = [power_of_two(padded(dims)) for _, _, dims in problem.sizes]
-    others = [max(1, 4 * LITERAL_TILE // call.dtype.itemsize // width) for width in widths]
-    meta = wider(LITERAL, call.dtype)
-    literal_kernel[(1 + sum(call.layout.vertices_of),)](
+    shapes = [_literal_shape(padded(dims), call.dtype.itemsize) for _, _, dims in problem.sizes]
+    (width_0, parts_0, others_0), (width_1, parts_1, others_1) = shapes[0], shapes[-1]
+    jobs, most = 1 + sum(call.layout.vertices_of), max(parts_0, parts_1)
+    literal_kernel[(jobs, most) if most > 1 else (jobs,)](
         **call.common, rows=call.layout.rows, capacity=call.layout.capacity,
         edges_0=problem.whole_edges or edges[0], edges_1=edges[-1],
         weights=call.weights, delta=parts(problem.delta), eps=parts(problem.eps),
         EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=problem.percentile >= 100, NEED_GRAD=problem.need_grad,
         TARGET=kind(targets), TILE_ROWS=dense * DENSE["ROWS"], TILE_COLUMNS=dense * DENSE["COLUMNS"],
-        WIDTH_0=widths[0], OTHERS_0=others[0], WIDTH_1=widths[-1], OTHERS_1=others[-1],
-        **meta,
+        WIDTH_0=width_0, PARTS_0=parts_0, OTHERS_0=others_0, WIDTH_1=width_1, PARTS_1=parts_1, OTHERS_1=others_1,
+        **wider(LITERAL, call.dtype),
     )  # fmt: skip
+
+
+def _literal_shape(width: int, itemsize: int) -> tuple[int, int, int]:
+    """``(components of a part of a vertex, parts, edges of a tile)``."""
+    part = power_of_two(width)
+    if part * itemsize > LITERAL_BYTES:  # a part takes more registers than a whole, for its loops
+        part = LITERAL_BYTES // itemsize // 2
+    return part, blocks(width, part), max(1, 4 * LITERAL_TILE // itemsize // part)
 
 
 def finish(call: Call, targets: Targets, settings: LossSettings | None) -> None:

@@ -34,13 +34,40 @@ def _append(
 
 
 @triton.jit
+def _differences(own_s, own_t, students, teachers, other, width, d, there):
+    """Student's and teacher's components ``d`` of the edges to the vertices that begin at ``other``."""
+    at, mask = other[:, None] + d[None], there[:, None] & (d < width)[None]
+    return own_s[None] - tl.load(students + at, mask, 0.0), own_t[None] - tl.load(teachers + at, mask, 0.0)
+
+
+@triton.jit
+def _inverses(squares_s, squares_t, there, eps):
+    """``(length of the student's difference, what divides it, what divides the teacher's)``."""
+    length = root(squares_s)
+    return length, tl.where(there, 1.0 / (length + eps), 0.0), tl.where(there, 1.0 / (root(squares_t) + eps), 0.0)
+
+
+@triton.jit
+def _slopes(ds, dt, inverse_s, inverse_t, delta):
+    """``(e_S, Huber's derivative, Huber's loss)`` of components."""
+    relation = ds * inverse_s[:, None]
+    x = relation - dt * inverse_t[:, None]
+    slope = tl.minimum(tl.maximum(x, -delta), delta)
+    return relation, slope, slope * (x - 0.5 * slope)
+
+
+@triton.jit
 def _vertex(
     arrays, graph, v, rows_a, rows_b, classes, capacity, weight, delta, eps, limit, kept,
     COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, OTHERS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+    OTHERS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The loss of a vertex' edges in which it is on side a, and its gradient from all of them."""
+    """The loss of a vertex' edges in which it is on side a, and its gradient from all of them.
+
+    A vertex of more components than registers hold has PARTS of WIDTH, a program each: every one makes the same list
+    and takes the sums over all components; the gradient is that of its own.
+    """
     T: tl.constexpr = arrays.vertices.dtype.element_ty
     m_0, n_0, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     m, n, first_b, vertices, width = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
@@ -70,36 +97,54 @@ def _vertex(
         )  # fmt: skip
     tl.debug_barrier()  # other warps read what this one stored
 
-    d = tl.arange(0, WIDTH)
+    part = tl.program_id(1) if PARTS > 1 else 0
+    d = part * WIDTH + tl.arange(0, WIDTH)
     students = arrays.vertices + graph * 2 * size
     teachers = students + wide(vertices) * width
-    own = wide(v) * width + d
-    own_s, own_t = tl.load(students + own, d < width, 0.0), tl.load(teachers + own, d < width, 0.0)
+    own = wide(v) * width
+    own_s = tl.load(students + own + d, d < width, 0.0)
+    own_t = tl.load(teachers + own + d, d < width, 0.0)
     losses = tl.zeros([OTHERS], T)
     gradient = tl.zeros([OTHERS, WIDTH], T)
     for start in range(0, total, OTHERS):
         k = start + tl.arange(0, OTHERS)
         there = k < total
-        other = tl.load(lists + k, there, 0)
-        at = wide(other)[:, None] * width + d[None]
-        mask = there[:, None] & (d < width)[None]
-        ds = own_s[None] - tl.load(students + at, mask, 0.0)
-        dt = own_t[None] - tl.load(teachers + at, mask, 0.0)
-        length = root(tl.sum(ds * ds, 1))
-        inverse_s = tl.where(there, 1.0 / (length + eps), 0.0)
-        inverse_t = tl.where(there, 1.0 / (root(tl.sum(dt * dt, 1)) + eps), 0.0)
-        relation = ds * inverse_s[:, None]
-        x = relation - dt * inverse_t[:, None]
-        slope = tl.minimum(tl.maximum(x, -delta), delta)
-        losses += tl.where(k < counted, tl.sum(slope * (x - 0.5 * slope), 1), 0.0)
+        other = wide(tl.load(lists + k, there, 0)) * width
+        if PARTS == 1:
+            ds, dt = _differences(own_s, own_t, students, teachers, other, width, d, there)
+            length, inverse_s, inverse_t = _inverses(tl.sum(ds * ds, 1), tl.sum(dt * dt, 1), there, eps)
+            relation, slope, loss = _slopes(ds, dt, inverse_s, inverse_t, delta)
+            loss, radial = tl.sum(loss, 1), tl.sum(relation * slope, 1)
+        else:
+            squares_s, squares_t = tl.zeros([OTHERS], T), tl.zeros([OTHERS], T)
+            for first in range(0, width, WIDTH):
+                c = first + tl.arange(0, WIDTH)
+                s = tl.load(students + own + c, c < width, 0.0)
+                t = tl.load(teachers + own + c, c < width, 0.0)
+                ds, dt = _differences(s, t, students, teachers, other, width, c, there)
+                squares_s += tl.sum(ds * ds, 1)
+                squares_t += tl.sum(dt * dt, 1)
+            length, inverse_s, inverse_t = _inverses(squares_s, squares_t, there, eps)
+            loss, radial = tl.zeros([OTHERS], T), tl.zeros([OTHERS], T)
+            for first in range(0, width, WIDTH):
+                c = first + tl.arange(0, WIDTH)
+                s = tl.load(students + own + c, c < width, 0.0)
+                t = tl.load(teachers + own + c, c < width, 0.0)
+                ds, dt = _differences(s, t, students, teachers, other, width, c, there)
+                relation, slope, huber = _slopes(ds, dt, inverse_s, inverse_t, delta)
+                loss += tl.sum(huber, 1)
+                radial += tl.sum(relation * slope, 1)
+            ds, dt = _differences(own_s, own_t, students, teachers, other, width, d, there)
+            relation, slope, huber = _slopes(ds, dt, inverse_s, inverse_t, delta)
+        losses += tl.where(k < counted, loss, 0.0)
         if NEED_GRAD:
-            radial = tl.sum(relation * slope, 1)
             radial = tl.where(length > 0, radial / tl.where(length > 0, length, 1.0), 0.0)
             gradient += slope * inverse_s[:, None] - relation * radial[:, None]
-    tl.store(arrays.losses + number_of, tl.sum(losses, 0))
+    if part == 0:
+        tl.store(arrays.losses + number_of, tl.sum(losses, 0))
     if NEED_GRAD:
         scale = weight / (kept.to(T) + COUNT_EPS)
-        out = arrays.partial + graph * size + own
+        out = arrays.partial + graph * size + own + d
         given = tl.sum(gradient, 0) * scale
         if TILE_ROWS > 0:  # beside what the certified edges gave
             given += tl.load(out, d < width, 0.0)
@@ -141,10 +186,10 @@ def literal_kernel(
     COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
     TARGET: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,  # of edges that share a flag, in the dense form; else 0
-    WIDTH_0: tl.constexpr, OTHERS_0: tl.constexpr, WIDTH_1: tl.constexpr, OTHERS_1: tl.constexpr,
-    CHUNK: tl.constexpr,
+    WIDTH_0: tl.constexpr, PARTS_0: tl.constexpr, OTHERS_0: tl.constexpr,
+    WIDTH_1: tl.constexpr, PARTS_1: tl.constexpr, OTHERS_1: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The first program sums up, the others take a vertex each, those of graph 0 first."""
+    """The first program sums up, the others take a vertex each, those of graph 0 first; or a part of one."""
     T: tl.constexpr = arrays.vertices.dtype.element_ty
     job = tl.program_id(0) - 1
     _, _, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
@@ -154,19 +199,23 @@ def literal_kernel(
     else:
         limit, kept = tl.load(arrays.thresholds + graph), tl.load(arrays.kept + graph)
     delta, eps = number(delta, T), number(eps, T)
+    part = tl.program_id(1) if PARTS_0 > 1 or PARTS_1 > 1 else 0
     if job < 0:
-        _summary(arrays, rows, TARGET, CHUNK)
-        if KEEP_ALL:
-            tl.store(arrays.kept, wide(edges_0))
-            tl.store(arrays.kept + 1, wide(edges_1))
+        if part == 0:
+            _summary(arrays, rows, TARGET, CHUNK)
+            if KEEP_ALL:
+                tl.store(arrays.kept, wide(edges_0))
+                tl.store(arrays.kept + 1, wide(edges_1))
     elif job < vertices_0:
+        if part < PARTS_0:
+            _vertex(
+                arrays, 0, job, rows_a, rows_b, classes, capacity, number(weights[0], T), delta, eps, limit, kept,
+                COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_0, PARTS_0, OTHERS_0,
+                CHUNK,
+            )  # fmt: skip
+    elif part < PARTS_1:
         _vertex(
-            arrays, 0, job, rows_a, rows_b, classes, capacity, number(weights[0], T), delta, eps,
-            limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_0, OTHERS_0, CHUNK,
-        )  # fmt: skip
-    else:
-        _vertex(
-            arrays, 1, job - vertices_0, rows_a, rows_b, classes, capacity, number(weights[1], T),
-            delta, eps, limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_1,
-            OTHERS_1, CHUNK,
+            arrays, 1, job - vertices_0, rows_a, rows_b, classes, capacity, number(weights[1], T), delta, eps, limit,
+            kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_1, PARTS_1, OTHERS_1,
+            CHUNK,
         )  # fmt: skip
