@@ -101,9 +101,9 @@ def _vertex(
     d = part * WIDTH + tl.arange(0, WIDTH)
     students = arrays.vertices + graph * 2 * size
     teachers = students + wide(vertices) * width
-    own = wide(v) * width
-    own_s = tl.load(students + own + d, d < width, 0.0)
-    own_t = tl.load(teachers + own + d, d < width, 0.0)
+    base = wide(v) * width
+    own = base + d
+    own_s, own_t = tl.load(students + own, d < width, 0.0), tl.load(teachers + own, d < width, 0.0)
     losses = tl.zeros([OTHERS], T)
     gradient = tl.zeros([OTHERS, WIDTH], T)
     for start in range(0, total, OTHERS):
@@ -119,8 +119,7 @@ def _vertex(
             squares_s, squares_t = tl.zeros([OTHERS], T), tl.zeros([OTHERS], T)
             for first in range(0, width, WIDTH):
                 c = first + tl.arange(0, WIDTH)
-                s = tl.load(students + own + c, c < width, 0.0)
-                t = tl.load(teachers + own + c, c < width, 0.0)
+                s, t = tl.load(students + base + c, c < width, 0.0), tl.load(teachers + base + c, c < width, 0.0)
                 ds, dt = _differences(s, t, students, teachers, other, width, c, there)
                 squares_s += tl.sum(ds * ds, 1)
                 squares_t += tl.sum(dt * dt, 1)
@@ -128,8 +127,7 @@ def _vertex(
             loss, radial = tl.zeros([OTHERS], T), tl.zeros([OTHERS], T)
             for first in range(0, width, WIDTH):
                 c = first + tl.arange(0, WIDTH)
-                s = tl.load(students + own + c, c < width, 0.0)
-                t = tl.load(teachers + own + c, c < width, 0.0)
+                s, t = tl.load(students + base + c, c < width, 0.0), tl.load(teachers + base + c, c < width, 0.0)
                 ds, dt = _differences(s, t, students, teachers, other, width, c, there)
                 relation, slope, huber = _slopes(ds, dt, inverse_s, inverse_t, delta)
                 loss += tl.sum(huber, 1)
@@ -144,7 +142,7 @@ def _vertex(
         tl.store(arrays.losses + number_of, tl.sum(losses, 0))
     if NEED_GRAD:
         scale = weight / (kept.to(T) + COUNT_EPS)
-        out = arrays.partial + graph * size + own + d
+        out = arrays.partial + graph * size + own
         given = tl.sum(gradient, 0) * scale
         if TILE_ROWS > 0:  # beside what the certified edges gave
             given += tl.load(out, d < width, 0.0)
