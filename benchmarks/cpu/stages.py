@@ -27,7 +27,7 @@ PAGE = environment.ROOT / "docs" / "cpu.md"
 
 
 def measure(batch: int, classes: int, threads: int, seconds: float) -> dict[str, float]:
-    """Median milliseconds of every stage of forward + backward (softmaxes and both graphs), of the whole call, and the GEMM unit."""
+    """Median milliseconds of every stage of forward + backward, of the whole call, and the GEMM unit."""
     chosen = backends.REGISTRY["cpp"].load()
     settings = LossSettings(ALPHA, BETA, True, True, PERCENTILE, 1.0, RELATION_EPS, False, 0.0, -100)
     case = Case("cpp", batch, classes, threads=threads)
