@@ -54,7 +54,7 @@ def stages(batch: int, classes: int, dtype: str) -> Iterator[Stage]:
     levels = max(forms.levels(m * n) for m, n, _ in graphs)
     copied = (8 + 4) * 4 if literal else (4 + 4) * read  # vertices of both graphs; probabilities, surprisals
     yield Stage("prepare", 1, 4, logits * (4 * read + copied + 2 * 4), 30.0 * 4 * logits)
-    products = 1 if dtype == "f32" else 3  # sums of two bfloat16, since the entropy ranks
+    products = 1 if dtype == "f32" else 3  # sums of two, since the entropy ranks
     if literal or dtype == "f32":
         yield Stage("entropy", 1, 2, 4.0 * edges, unit)
     else:
