@@ -163,7 +163,7 @@ def test_ties_under_several_threads_again_and_again():
     x = torch.cat([torch.full((70_000,), 0.1), torch.full((70_000,), 0.3)])
     try:
         torch.set_num_threads(4)
-        assert {float(VF.quantile(x, q)) for q in (0.1, 0.3) for _ in range(100)} == {float(x[0])}
-        assert {float(VF.quantile(x, 0.7)) for _ in range(100)} == {float(x[-1])}
+        assert {float(VF.quantile(x, q)) for q in (0.1, 0.3) for _ in range(30)} == {float(x[0])}
+        assert {float(VF.quantile(x, 0.7)) for _ in range(30)} == {float(x[-1])}
     finally:
         torch.set_num_threads(threads)
