@@ -223,12 +223,13 @@ class _Rule(torch.autograd.Function):
 
 class _EagerRule(_Rule):
     """The same where no transform of torch.func is active: beside a ``setup_context`` of its own ``Function.apply``
-    inspects the signature of ``forward`` on every call, which takes a fifth of a step's time on the host."""
+    inspects the signature of ``forward`` on every call, which takes a fifth of a step's time on the host. It looks at
+    every argument, too: those that get no gradient are one."""
 
     @staticmethod
-    def forward(ctx, run, *args):
-        output = tuple(run(*args))
-        _Rule.setup_context(ctx, (run, *args), output)
+    def forward(ctx, run, first, second, others):
+        output = tuple(run(first, second, *others))
+        _Rule.setup_context(ctx, (run, first, second, others), output)
         return output
 
     setup_context = staticmethod(torch.autograd.Function.setup_context)
@@ -292,8 +293,11 @@ def call(operator: Callable, implementation: Callable, backend: str | None, args
         and (backend is None or not backends.REGISTRY[backend].load().carries_tangents)
     ):
         raise RuntimeError(NO_FORWARD_MODE)
-    rule = _Rule if torch._C._are_functorch_transforms_active() else _EagerRule
-    return rule.apply(implementation, *args) if needs_grad(*args[:2]) or _is_batched(args) else implementation(*args)
+    if not needs_grad(*args[:2]) and not _is_batched(args):
+        return implementation(*args)
+    if torch._C._are_functorch_transforms_active():
+        return _Rule.apply(implementation, *args)
+    return _EagerRule.apply(implementation, *args[:2], args[2:])
 
 
 def register(name, implementation, fake) -> None:

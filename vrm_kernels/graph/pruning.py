@@ -11,7 +11,7 @@ from vrm_kernels.graph.constants import ENTROPY_EPS
 
 # torch.quantile rounds q to the dtype of its input and multiplies it by n - 1 in float64. Before torch 2.14 it rounds
 # the product to float32 as well, and refuses more elements than this.
-ROUNDED_UP_TO = 2**24 if torch.__version__ < (2, 14) else 0
+ROUNDED_UP_TO = 2**24 if torch.__version__ < "2.14" else 0  # compared as versions
 
 
 @functools.lru_cache(maxsize=1024)
