@@ -93,3 +93,15 @@ def test_a_nan_in_probs_is_a_nan_in_the_loss(chosen):
     result = chosen.relation_graph(sides, (probs[0], probs[1]), GRAPH_SETTINGS, True)
     assert result.loss.isnan() and int(result.kept) == 0
     assert result.grad_a.isnan().all() and result.grad_b.isnan().all()
+
+
+@pytest.mark.parametrize(("newer", "level"), [("tf32", "high"), ("ieee", "highest")])
+def test_either_switch_of_torchs_says_how_float32_is_multiplied(newer, level):
+    assert contract.float32_products() == torch.get_float32_matmul_precision()
+    switch = torch.backends.cuda.matmul
+    before, switch.fp32_precision = switch.fp32_precision, newer
+    try:
+        assert contract.float32_products() == level
+    finally:
+        switch.fp32_precision = before
+    assert contract.float32_products() == torch.get_float32_matmul_precision() == "highest"

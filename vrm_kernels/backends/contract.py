@@ -177,6 +177,15 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def float32_products() -> str:
+    """How products of float32 are computed: ``torch.get_float32_matmul_precision()``, also where torch's newer switch,
+    ``torch.backends.cuda.matmul.fp32_precision``, was set: the older one cannot be asked then."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 def all_sound(sides: Sides, probs: Probs | None) -> Tensor:
     """``[]`` bool: whether the loss is a number."""
     limit = LARGEST[sides.a.dtype]

@@ -523,19 +523,6 @@ def test_operands_in_float16(host, monkeypatch, dtype, kind, loss_bound, grad_bo
     compare_losses(views, None, None, settings, loss_bound, grad_bound)
 
 
-def test_torchs_newer_switch_beside_which_the_other_cannot_be_asked(host, monkeypatch):
-    set_form(monkeypatch, "dense")
-    switch = torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, "tf32"
-    try:
-        with pytest.raises(RuntimeError):
-            torch.get_float32_matmul_precision()
-        assert evaluate(cuda_host.NAME, make_logits(Case((9, 6)), torch.float32, 0)).loss.isfinite()
-    finally:
-        switch.fp32_precision = before
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_parity_of_half_precision_in_the_form_dense(host, monkeypatch, dtype):
     set_form(monkeypatch, "dense")

@@ -20,6 +20,7 @@ from vrm_kernels.backends.contract import (
     compute_dtype,
     empty_graph_result,
     empty_loss_result,
+    float32_products,
     threshold_ranks,
     with_cross_entropies,
 )
@@ -64,15 +65,8 @@ def _float16_terms(vectors: Sequence[Tensor]) -> int:
     if torch.float64 in dtypes:
         return 0
     if torch.float32 in dtypes:
-        return 1 if _is_medium() else 0
+        return 1 if float32_products() == "medium" else 0
     return 1 if dtypes == {torch.bfloat16} and vectors[0].numel() >= AVERAGING_COMPONENTS else 2
-
-
-def _is_medium() -> bool:
-    try:
-        return torch.get_float32_matmul_precision() == "medium"
-    except RuntimeError:  # torch's newer switch, torch.backends.cuda.matmul.fp32_precision, is set: TF32 or float32
-        return False
 
 
 class CudaBackend(Backend):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from vrm_kernels.backends.contract import float32_products
 from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD
 
 # Multiply-adds of one product of both graphs, up to which launches cost more than arithmetic: see docs/triton.md.
@@ -68,7 +69,7 @@ def precision(dtypes: set[torch.dtype], compute: torch.dtype, components: int, f
     half = not dtypes & {torch.float32}
     nvidia = on_nvidia(device) or device.type == "cpu"  # the interpreter stands for the first
     if not half:
-        tf32 = torch.get_float32_matmul_precision() != "highest" and nvidia
+        tf32 = float32_products() != "highest" and nvidia
         return Precision(compute, compute, "tf32" if tf32 else "ieee", tf32)
     if fused or not nvidia:  # AMD's matrix units take float32 as it is
         return Precision(compute, compute, "tf32x3" if nvidia else "ieee")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vrm_kernels.backends.contract import float32_products
 from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, product, split_kernel
 from vrm_kernels.backends.triton.staged import launches
 from vrm_kernels.backends.triton.staged.dense import dense_kernel, gradients_kernel, moments_kernel, pack_kernel
@@ -32,7 +33,7 @@ class Precision(NamedTuple):
 
 
 def precision_of(logits: tuple[Tensor, ...], compute: torch.dtype) -> Precision:
-    """float32 follows ``torch.get_float32_matmul_precision()``; half logits take the matrix units."""
+    """float32 follows torch's own switch; half logits take the matrix units."""
     if compute == torch.float64:
         return Precision(compute, 1, 1, 1)
     kinds = {x.dtype for x in logits}
@@ -41,7 +42,7 @@ def precision_of(logits: tuple[Tensor, ...], compute: torch.dtype) -> Precision:
             "highest": Precision(compute, 1, 1, 1),
             "high": Precision(torch.bfloat16, 3, 3, 3),
             "medium": Precision(torch.bfloat16, 1, 1, 1),
-        }[torch.get_float32_matmul_precision()]
+        }[float32_products()]
     if torch.float16 in kinds:  # three more digits than bfloat16, and too short a range for the coefficients
         return Precision(torch.bfloat16, 3, 3, 3)
     return Precision(torch.bfloat16, 1 if logits[0].numel() >= AVERAGING_COMPONENTS else 3, 3, 1)
