@@ -123,7 +123,12 @@ def test_same_seed_same_results_and_no_relations_no_difference(finished, tmp_pat
 def test_ctrl_c_leaves_the_finished_epochs(tmp_path):
     folder = tmp_path / "run"
     command = [*COMMAND, *QUICK, "--epochs=100000", "--teacher-epochs=1", f"--output-dir={folder}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heed_ctrl_c():  # which what a shell starts in the background does not
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=heed_ctrl_c, **pipes)
     try:
         deadline = time.monotonic() + 120
         while not (folder / "log.csv").exists() or len(read_log(folder)) < 3:

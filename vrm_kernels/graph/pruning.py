@@ -63,7 +63,7 @@ def entropy_of_logs(probs_a: torch.Tensor, log_probs_b: torch.Tensor) -> torch.T
 def ranks(q: float | torch.Tensor, n: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`rank` as tensors ``(below int64, weight)`` on the device of ``x``; ``q`` may itself be a tensor."""
     rounded = _is_rounded(n, x.dtype)
-    if not (rounded or isinstance(q, torch.Tensor) or torch.compiler.is_compiling()):
+    if n > 0 and not (rounded or isinstance(q, torch.Tensor) or torch.compiler.is_compiling()):
         whole, rest = rank(q, n, x.dtype)  # on the host: not every device has float64
         return x.new_full((), whole, dtype=torch.int64), x.new_full((), rest)
     q = q.detach().to(x.dtype) if isinstance(q, torch.Tensor) else torch.full((), q, dtype=x.dtype, device=x.device)
