@@ -69,7 +69,6 @@ template <class T> struct Graph {
   int64_t rows, columns;  // M, N
   Chunks chunks;
   Side<T> a, b;
-  Entropy<T> entropy;
   const T *center_s, *center_t;  // [D padded]: subtracted from every vector, which changes no difference
   bool exclude_self, need_grad;
   bool literal_only;  // so few dimensions that differences of cosines would lose everything to rounding

@@ -57,6 +57,16 @@ template <class T> void rank_by(GraphInput<T>& input, const OptionalTensor& prob
   input.probs = rows_of<T>(*probs), input.log_probs = rows_of<T>(*logs);
 }
 
+// Which of the edges' entropies the threshold is; a graph without edges has none.
+template <class T> void rank_at(GraphInput<T>& input, int64_t rank, double lerp_weight) {
+  const int64_t edges = input.rows * input.columns - (input.exclude_self ? input.rows : 0);
+  if (edges == 0) input.keep_all = true;
+  if (input.keep_all) return;
+  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
+                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
+  input.rank = rank, input.lerp_weight = lerp_weight;
+}
+
 template <class T> void describe(GraphInput<T>& input, const Tensor& a, const Tensor& b, const Tensor& teacher_a,
                                  const Tensor& teacher_b, const Tensor& grad_a, const Tensor& grad_b, double delta,
                                  double eps, bool exclude_self, bool need_grad) {
@@ -79,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relation_graph(const Tensor& a, const
   GraphInput<T> input{};
   describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, eps, exclude_self, need_grad);
   rank_by(input, probs, logs);
-  input.rank = rank, input.lerp_weight = lerp_weight;
+  rank_at(input, rank, lerp_weight);
   const GraphResult result = run_graphs<T>({input})[0];
   return {scalar<T>(a, static_cast<T>(result.loss)), grad_a, grad_b, scalar<int64_t>(a, result.kept)};
 }
@@ -245,7 +255,7 @@ Five vrm_loss(const Tensor& student_real, const Tensor& student_virtual, const T
       input.log_probs = side(complete ? *l_real : *l_virtual, *l_virtual, true);
     }
     input.exclude_self = complete, input.need_grad = need_grad;
-    input.rank = settings.ranks[graph], input.lerp_weight = settings.lerp_weights[graph];
+    rank_at(input, settings.ranks[graph], settings.lerp_weights[graph]);
     input.delta = settings.delta, input.eps = settings.eps, input.weight = by_class ? settings.beta : settings.alpha;
     T *real = grad_real.mutable_data_ptr<T>(), *virtual_view = grad_virtual.mutable_data_ptr<T>();
     const int64_t vertex_stride = by_class ? 1 : classes, dim_stride = by_class ? classes : 1;

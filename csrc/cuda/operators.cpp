@@ -146,7 +146,7 @@ Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_
   const Tensor student[2] = {a, b}, teacher[2] = {teacher_a, teacher_b};
   const OptionalTensor probs[2] = {probs_a, probs_b};
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
-  check_half_terms(half_terms, type);
+  check_half_terms(half_terms, type, dense);
   const auto compute = type == ScalarType::Double ? relation_loss<double> : relation_loss<float>;
   return compute(student, teacher, probs,
                  {rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
@@ -228,7 +228,7 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
   check_two(ranks, lerp_weights);
   const Tensor student[2] = {student_real, student_virtual}, teacher[2] = {teacher_real, teacher_virtual};
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
-  check_half_terms(half_terms, type);
+  check_half_terms(half_terms, type, dense);
   CrossEntropies ce{{}, {}, {ce_real, ce_virtual}, label_smoothing, ignore_index};
   if (ce_real || ce_virtual) {
     STD_TORCH_CHECK(labels.has_value(), "a cross-entropy needs labels");

@@ -95,6 +95,15 @@ def test_a_nan_in_probs_is_a_nan_in_the_loss(chosen):
     assert result.grad_a.isnan().all() and result.grad_b.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_one_vertex_on_both_sides_has_no_edges(chosen, dtype):
+    x, teacher, probs = torch.randn(1, 6, dtype=dtype), torch.randn(1, 6, dtype=dtype), torch.ones(1, 1, dtype=dtype)
+    settings = GRAPH_SETTINGS._replace(exclude_self=True)
+    loss, *grads, kept = chosen.relation_graph(Sides(x, x, teacher, teacher), (probs, probs), settings, True)
+    assert float(loss) == int(kept) == 0
+    assert all(torch.equal(grad, torch.zeros_like(x)) for grad in grads)
+
+
 @pytest.mark.parametrize(("newer", "level"), [("tf32", "high"), ("ieee", "highest")])
 def test_either_switch_of_torchs_says_how_float32_is_multiplied(newer, level):
     assert contract.float32_products() == torch.get_float32_matmul_precision()

@@ -37,7 +37,9 @@ def main(argv: Sequence[str]) -> int:
     if not options.to.parent.is_dir():
         raise Refused("--to", f"there is no folder {options.to.parent}")
     if options.to.suffix == ".onnx" and (missing := [x for x in ("onnx", "onnxscript") if find_spec(x) is None]):
-        raise Refused("--to", f"for ONNX, pip install 'vrm-kernels[onnx]' (there is no {', no '.join(missing)})")
+        raise Refused(
+            "--to", f"for ONNX, in a clone of vrm_kernels pip install '.[onnx]' (there is no {', no '.join(missing)})"
+        )
     try:
         network = read_network(options.checkpoint, options.network, "--network")
     except (OSError, ValueError) as error:

@@ -136,3 +136,10 @@ def test_unknown_paths_are_refused(cpp):
         cpp.cpu_select_isa("sse9")
     with pytest.raises(ValueError, match="'measured', 'kept_only' or 'dense', not 'sparse'"):
         cpp.cpu_set_edges_form("sparse")
+
+
+@pytest.mark.parametrize("rank", [-1, 20])
+def test_a_rank_that_is_no_edges_is_refused(cpp, rank):
+    a, b, p, q = torch.randn(4, 3), torch.randn(5, 3), torch.ones(4, 2), torch.ones(5, 2)
+    with pytest.raises(RuntimeError, match=f"rank of a threshold among 20 entropies is {rank}"):
+        cpp.cpu_relation_graph(a, b, a, b, p, q, rank, 0.5, 1.0, 1e-7, False, True)

@@ -631,8 +631,12 @@ BAD_ARGUMENTS = [
     ({"ranks": [16, 0]}, "rank of a threshold among 16 entropies is 16"),
     ({"ranks": [0]}, "a rank and a weight for each of two graphs, not 1 and 2"),
     ({"tile_edge": 0}, "edge of a tile must be positive, not 0"),
-    ({"half_terms": 3}, "operands of Float are sums of 0 to 2 float16 numbers, not 3"),
-    ({"half_terms": 1, "student_real": torch.zeros(4, 5).double()}, "operands of Double are sums of 0 to 0 .*, not 1"),
+    ({"half_terms": 3, "dense": True}, "form dense in Float are sums of 0 to 2 float16 numbers, not 3"),
+    ({"half_terms": 1}, "form literal in Float are sums of 0 to 0 float16 numbers, not 1"),
+    (
+        {"half_terms": 1, "dense": True, "student_real": torch.zeros(4, 5).double()},
+        "form dense in Double are sums of 0 to 0 .*, not 1",
+    ),
 ]
 
 

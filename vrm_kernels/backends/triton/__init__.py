@@ -29,7 +29,7 @@ def _status(device: int | None) -> tuple[bool, str]:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return False, "Triton is not installed: pip install 'vrm-kernels[triton]'"
+        return False, f"Triton is not installed: pip install 'triton>={'.'.join(map(str, OLDEST))}'"
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         return False, f"Triton {version} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
     if interpreter_devices():
