@@ -104,13 +104,16 @@ def test_one_vertex_on_both_sides_has_no_edges(chosen, dtype):
     assert all(torch.equal(grad, torch.zeros_like(x)) for grad in grads)
 
 
-@pytest.mark.parametrize(("newer", "level"), [("tf32", "high"), ("ieee", "highest")])
-def test_either_switch_of_torchs_says_how_float32_is_multiplied(newer, level):
-    assert contract.float32_products() == torch.get_float32_matmul_precision()
+@pytest.mark.parametrize("older", ["highest", "high"])
+@pytest.mark.parametrize(("newer", "level"), [("tf32", "high"), ("ieee", "highest"), (None, None)])
+def test_either_switch_of_torchs_says_how_float32_is_multiplied(older, newer, level):
     switch = torch.backends.cuda.matmul
-    before, switch.fp32_precision = switch.fp32_precision, newer
+    before = switch.fp32_precision
     try:
-        assert contract.float32_products() == level
+        torch.set_float32_matmul_precision(older)
+        if newer is not None:
+            switch.fp32_precision = newer
+        assert contract.float32_products() == (level or older)
     finally:
         switch.fp32_precision = before
-    assert contract.float32_products() == torch.get_float32_matmul_precision() == "highest"
+        torch.set_float32_matmul_precision("highest")

@@ -178,12 +178,15 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def float32_products() -> str:
-    """How products of float32 are computed: ``torch.get_float32_matmul_precision()``, also where torch's newer switch,
-    ``torch.backends.cuda.matmul.fp32_precision``, was set: the older one cannot be asked then."""
+    """How torch multiplies float32 on a GPU: "highest", "high" or "medium", as ``torch.get_float32_matmul_precision()``
+    has it. torch's newer switch, ``torch.backends.cuda.matmul.fp32_precision``, goes before it: set to "ieee" it
+    overrules the older one, and beside "tf32" that may refuse to answer."""
+    if torch.backends.cuda.matmul.fp32_precision == "ieee":
+        return "highest"
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:
-        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+        return "high"
 
 
 def all_sound(sides: Sides, probs: Probs | None) -> Tensor:
