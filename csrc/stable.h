@@ -82,4 +82,9 @@ inline Tensor log_of(const Tensor& probs, double eps) {
   return aten("aten::log_", "", torch::stable::subtract(probs, one, -eps));
 }
 
+inline void check_rank(int64_t rank, double lerp_weight, int64_t edges) {
+  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
+                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
+}
+
 }  // namespace vrm

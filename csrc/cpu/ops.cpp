@@ -62,8 +62,7 @@ template <class T> void rank_at(GraphInput<T>& input, int64_t rank, double lerp_
   const int64_t edges = input.rows * input.columns - (input.exclude_self ? input.rows : 0);
   if (edges == 0) input.keep_all = true;
   if (input.keep_all) return;
-  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
-                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
+  check_rank(rank, lerp_weight, edges);
   input.rank = rank, input.lerp_weight = lerp_weight;
 }
 

@@ -125,10 +125,5 @@ inline void check_two(const std::vector<int64_t>& ranks, const std::vector<doubl
                   ranks.size(), " and ", lerp_weights.size());
 }
 
-inline void check_rank(int64_t rank, double lerp_weight, int64_t edges) {
-  STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",
-                  edges, " entropies is ", rank, " with the weight ", lerp_weight);
-}
-
 }  // namespace cuda
 }  // namespace vrm

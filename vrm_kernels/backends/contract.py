@@ -208,12 +208,19 @@ def both_graphs(views: Views, complete: bool) -> Iterator[tuple[Sides, Probs]]:
         yield Sides(a, b, ta, tb), (p, q)
 
 
+def graph_sizes(views: Views, complete: bool) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """``(m, n, dims)`` of the inter-sample and the inter-class graph: vertices of either side, and their components."""
+    b, c = views.student_real.shape
+    sides = 2 if complete else 1
+    return (sides * b, sides * b, c), (sides * c, sides * c, b)
+
+
 def threshold_ranks(views: Views, settings: LossSettings) -> tuple[tuple[int, int], tuple[float, float]]:
     """:func:`vrm_kernels.graph.pruning.threshold_rank` of both graphs: the two ranks, the two weights."""
-    dtype, sides = compute_dtype(*views), 2 if settings.complete else 1
+    dtype = compute_dtype(*views)
     (rank_0, weight_0), (rank_1, weight_1) = (
-        pruning.threshold_rank(settings.percentile, sides * n, sides * n, settings.complete, dtype)
-        for n in views.student_real.shape
+        pruning.threshold_rank(settings.percentile, m, n, settings.complete, dtype)
+        for m, n, _ in graph_sizes(views, settings.complete)
     )
     return (rank_0, rank_1), (weight_0, weight_1)
 

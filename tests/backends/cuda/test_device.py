@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from device import kernels_of, on_cpu
+from device import captured, kernels_of, on_cpu
 from helpers import (
     FLOOR,
     MODES,
@@ -146,21 +146,14 @@ def test_graph_capture_and_replay_on_changed_inputs(form):
     batches = [on_device(make_logits(Case((64, 60), kind=kind), torch.float32, seed=k)) for k, kind in
                enumerate(("random", "opposite", "converged:1e-2"))]  # fmt: skip
     static = [x.clone() for x in batches[0]]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(static, form)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call(static, form)
+    results, replay = captured(lambda: call(static, form), "cuda")
     for batch in (*batches, batches[0]):
         for to, x in zip(static, batch, strict=True):
             to.copy_(x)
-        for x in captured:
+        for x in results:
             x.fill_(-1)
-        graph.replay()
-        for got, wanted in zip(captured, call(batch, form), strict=True):
+        replay()
+        for got, wanted in zip(results, call(batch, form), strict=True):
             assert torch.equal(got, wanted)
 
 

@@ -120,7 +120,7 @@ def test_dtypes(regime, dtype):
 def test_short_operands(monkeypatch, dtype):
     """What large bfloat16 logits get: one short number for one component, if that averages out over enough of them."""
     choose(monkeypatch, "large", blocks=False)
-    monkeypatch.setattr(plan, "AVERAGING_ELEMENTS", 0)
+    monkeypatch.setattr(plan, "AVERAGING_COMPONENTS", 0)
     floors = dict.fromkeys(DTYPES, 3e-3)  # the loss: 2^-9 over the root of its 126 components; float16 has more terms
     check(Case(SHAPE, seed=500), dtype, floors=floors)
 

@@ -21,6 +21,7 @@ from vrm_kernels.backends.contract import (
     empty_graph_result,
     empty_loss_result,
     float32_products,
+    graph_sizes,
     threshold_ranks,
     with_cross_entropies,
 )
@@ -92,9 +93,7 @@ class CudaBackend(Backend):
     ) -> LossResult:
         alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, label_smoothing, ignore_index = settings
         ranks, weights = threshold_ranks(views, settings)
-        (b, c), sides = views.student_real.shape, 2 if complete else 1
-        graphs = [(sides * b, sides * b, c), (sides * c, sides * c, b)]
-        if staged := _staged(views, graphs, percentile):
+        if staged := _staged(views, graph_sizes(views, complete), percentile):
             return LossResult(
                 *_cuda.cuda_vrm_loss(
                     *views, labels, class_weight, alpha, beta, ce_real, ce_virtual, ranks, weights, percentile == 100,

@@ -10,7 +10,7 @@ from torch import Tensor
 from vrm_kernels.backends.triton import plan, stages
 from vrm_kernels.backends.triton.arrays import Found, Selection, Totals
 from vrm_kernels.backends.triton.blocks import Sums, combine_kernel, epilogue_kernel
-from vrm_kernels.backends.triton.operands import product, split_kernel
+from vrm_kernels.backends.triton.operands import coefficient_products, parts, product, split_kernel
 from vrm_kernels.backends.triton.stages import Block, Graph, Prepared, Problem, Selector
 
 
@@ -127,7 +127,7 @@ def _graph(problem, prepared, k: int, selection, entropies, losses: Tensor, grad
     a = packed[0, :, : graph.m]
     b = packed[-1, :, graph.first_b : graph.first_b + graph.n]
     chosen = stages.or_stand_ins(selection, scale, prepared.bad)
-    delta, eps = stages.split_float(problem.delta), stages.split_float(problem.eps)
+    delta, eps = parts(problem.delta), parts(problem.eps)
     for first, edge_blocks in blocks.starts(graph.m):
         for row, count in edge_blocks:
             product(a[:, row : row + count], b, buffers.products[:, :count, : graph.n])
@@ -211,10 +211,7 @@ def _gradients(problem, prepared, k, blocks, buffers, packed, scale, chosen, kee
         (of_columns, coefficients.mT, vectors[:, first : first + rows], buffers.sums.columns),
     ):
         out = problem.new(precision.gradient_terms, 2, side.owns, width)
-        product(weights[0], values[..., :width].mT, out[0])
-        if precision.gradient_terms == 3:
-            product(weights[1], values[..., :width].mT, out[1])
-            product(weights[0], values[..., width : 2 * width].mT, out[2])
+        coefficient_products(weights, values, out)
         grid = (triton.cdiv(side.owns, plan.COMBINE["ROWS"]), triton.cdiv(graph.dims, plan.COMBINE["BLOCK"]))
         combine_kernel[grid](
             products=out, sums=sums, packed=packed, logits=prepared.logits, scale=scale,
@@ -222,7 +219,7 @@ def _gradients(problem, prepared, k, blocks, buffers, packed, scale, chosen, kee
             grads=tuple(grads), **side._asdict(), split=graph.vertices // 2 if problem.complete else graph.first_b,
             sums_stride=sums.shape[2], literal_plane=buffers.found.literals.stride(0), vertices=graph.vertices,
             dims=graph.dims, width=width, packed_width=packed.shape[3], samples=problem.samples,
-            classes=problem.classes, delta=stages.split_float(problem.delta), weight=problem.weight_parts[k],
+            classes=problem.classes, delta=parts(problem.delta), weight=problem.weight_parts[k],
             all_edges=problem.edge_count(graph), graph=k, graphs=len(problem.graphs), BY_CLASS=graph.by_class,
             KEEP_ALL=keep_all, TERMS=precision.gradient_terms, PACKED_TERMS=precision.terms, **plan.COMBINE,
         )  # fmt: skip

@@ -1,5 +1,9 @@
 """Matrix products, and what they read: vertices as operands, numbers as sums of short ones."""
 
+import ctypes
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -9,6 +13,16 @@ from vrm_kernels.backends.triton.edge import is_finite, wide
 
 # An option of every launch, spelled out: its default is to change.
 FUSED_MULTIPLY_ADD = {"enable_fp_fusion": True}
+# Components of a view's logits from which the roundings of single bfloat16 operands average out below the error that is
+# asked for.
+AVERAGING_COMPONENTS = 2**20
+
+
+@functools.lru_cache(maxsize=1024)
+def parts(x: float) -> tuple[float, float]:
+    """``x`` as the sum of two float32 numbers, which is what a kernel can be given of it."""
+    high = ctypes.c_float(x).value
+    return (high, x - high) if math.isfinite(high) else (high, 0.0)
 
 
 def product(x: Tensor, y: Tensor, out: Tensor) -> None:
@@ -20,6 +34,16 @@ def product(x: Tensor, y: Tensor, out: Tensor) -> None:
         multiply(x.to(out.dtype), y.to(out.dtype).mT, out=out)
     else:
         multiply(x, y.mT, out_dtype=out.dtype, out=out)
+
+
+def coefficient_products(coefficients: Tensor, vectors: Tensor, out: Tensor) -> None:
+    """``coefficients [parts, 2, owns, others]`` by ``vectors [2, others, terms * width]``, into ``out [.., 2, owns,
+    width]``: one product, or three that add up to that of sums of two, where ``out`` has room for them."""
+    width = out.shape[-1]
+    product(coefficients[0], vectors[..., :width].mT, out[0])
+    if len(out) == 3:
+        product(coefficients[1], vectors[..., :width].mT, out[1])
+        product(coefficients[0], vectors[..., width : 2 * width].mT, out[2])
 
 
 @triton.jit

@@ -6,12 +6,10 @@ import torch
 import triton
 
 from vrm_kernels.backends.contract import float32_products
-from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD
+from vrm_kernels.backends.triton.operands import AVERAGING_COMPONENTS, FUSED_MULTIPLY_ADD
 
 # Multiply-adds of one product of both graphs, up to which launches cost more than arithmetic: see docs/triton.md.
 FUSED_ELEMENTS = 2**27
-# Vertices' components from which the roundings of bfloat16 operands average out below the error that is asked for.
-AVERAGING_ELEMENTS = 2**20
 # A whole matrix of entropies is kept up to this size, and computed again, block by block, beyond.
 ENTROPY_BYTES = 2**30
 # Of the products of an edge block, which an epilogue reads back from the second-level cache (50 MB on an H100).
@@ -73,7 +71,7 @@ def precision(dtypes: set[torch.dtype], compute: torch.dtype, components: int, f
         return Precision(compute, compute, "tf32" if tf32 else "ieee", tf32)
     if fused or not nvidia:  # AMD's matrix units take float32 as it is
         return Precision(compute, compute, "tf32x3" if nvidia else "ieee")
-    large, bits_11 = components >= AVERAGING_ELEMENTS, torch.float16 in dtypes
+    large, bits_11 = components >= AVERAGING_COMPONENTS, torch.float16 in dtypes
     return Precision(
         compute,
         torch.bfloat16,

@@ -7,6 +7,7 @@ from torch import Tensor
 from vrm_kernels.backends.triton import plan, stages
 from vrm_kernels.backends.triton.arrays import Found, Selection, Sizes, Totals
 from vrm_kernels.backends.triton.fused import edges_kernel, entropy_kernel, gradients_kernel
+from vrm_kernels.backends.triton.operands import parts
 from vrm_kernels.backends.triton.stages import Block, Graph, Prepared, Problem, Selector
 
 
@@ -52,7 +53,7 @@ def losses_and_gradients(
     )
     losses = problem.new(sum(tiles))
     chosen = stages.or_stand_ins(selection, scale, prepared.bad)
-    delta = stages.split_float(problem.delta)
+    delta = parts(problem.delta)
     common = {
         "logits": prepared.logits, "packed": (packed[0], packed[-1]), "scale": scale, "found": found,
         **_sizes(first, 0), **_sizes(last, 1), "samples": problem.samples, "classes": problem.classes, "delta": delta,
@@ -60,7 +61,7 @@ def losses_and_gradients(
     }  # fmt: skip
     edges_kernel[(sum(tiles),)](
         stats=(stats[0], stats[-1]), entropies=prepared.logits.student if entropies is None else entropies,
-        threshold=chosen.threshold, losses=losses, eps=stages.split_float(problem.eps),
+        threshold=chosen.threshold, losses=losses, eps=parts(problem.eps),
         EXCLUDE_SELF=problem.exclude_self, NEED_GRAD=need_grad, **common, **plan.EDGES,
     )  # fmt: skip
     totals = stages.total(problem, prepared, losses, tiles, selection)

@@ -15,6 +15,7 @@ from torch import Tensor
 from vrm_kernels.backends.triton import plan
 from vrm_kernels.backends.triton.arrays import Logits, Selection, Totals
 from vrm_kernels.backends.triton.fused import total_kernel
+from vrm_kernels.backends.triton.operands import parts
 from vrm_kernels.backends.triton.prepare import pack_kernel, prepare_kernel
 from vrm_kernels.backends.triton.select import DIGITS, finish_kernel, histogram_kernel
 from vrm_kernels.graph import pruning
@@ -75,7 +76,7 @@ class Problem:
     @property
     def weight_parts(self) -> tuple[tuple[float, float], ...]:
         """Of two graphs, as kernels take numbers."""
-        return split_float(self.weights[0]), split_float(self.weights[-1])
+        return parts(self.weights[0]), parts(self.weights[-1])
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.precision.compute, device=self.device)
@@ -97,12 +98,6 @@ class Prepared:
     slabs: tuple[int, int, int]  # rows a slab, slabs of side a, slabs
     bad: Tensor  # [1] int32: 1 if anything is not finite
     histograms: Tensor  # [graphs, passes, 2, 2048] int64, zeros
-
-
-def split_float(x: float) -> tuple[float, float]:
-    """``x`` as the sum of two float32 numbers: what a kernel can be given of it."""
-    high = torch.tensor(x, dtype=torch.float32).item()
-    return high, x - high
 
 
 def prepare(problem: Problem, softmax: bool) -> Prepared:
@@ -183,7 +178,7 @@ class Selector:
         ranks = [pruning.rank(problem.percentile / 100, count, compute) for count in edges]
         # As torch.quantile: a rank that is whole does not look at the next value.
         self.ranks = [(below, below + (weight > 0)) for below, weight in (ranks[0], ranks[-1])]
-        self.weights = tuple(split_float(weight) for _, weight in (ranks[0], ranks[-1]))
+        self.weights = tuple(parts(weight) for _, weight in (ranks[0], ranks[-1]))
 
     def count(self, number: int, blocks: Sequence[Block], graph: int = 0) -> None:
         """Pass ``number`` over one block of each graph, or of ``graph``; one launch."""

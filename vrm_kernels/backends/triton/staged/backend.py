@@ -16,6 +16,7 @@ from vrm_kernels.backends.contract import (
     ShareSettings,
     Sides,
     Views,
+    graph_sizes,
 )
 from vrm_kernels.backends.triton.backend import TritonBackend
 from vrm_kernels.backends.triton.counting import on_device
@@ -40,9 +41,7 @@ class StagedBackend(TritonBackend):
         settings: LossSettings,
         need_grad: bool,
     ) -> LossResult:
-        b, c = views.student_real.shape
-        sides = 2 if settings.complete else 1
-        sizes = ((sides * b, sides * b, c), (sides * c, sides * c, b))
+        sizes = graph_sizes(views, settings.complete)
         form = _form(sizes, settings.percentile)
         if form is None:
             return super().vrm_loss(views, labels, class_weight, settings, need_grad)
@@ -55,7 +54,7 @@ class StagedBackend(TritonBackend):
             targets = Targets(labels.contiguous(), None if class_weight is None else class_weight.contiguous())
         with on_device(views.student_real.device):
             arrays = _run(problem, targets, settings)
-        return LossResult(arrays.loss, *_by_view(arrays.grads, b), arrays.terms, arrays.kept)
+        return LossResult(arrays.loss, *_by_view(arrays.grads, len(views.student_real)), arrays.terms, arrays.kept)
 
     def relation_graph(
         self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool

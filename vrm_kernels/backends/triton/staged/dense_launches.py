@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from vrm_kernels.backends.contract import float32_products
-from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, product, split_kernel
+from vrm_kernels.backends.triton.operands import (
+    AVERAGING_COMPONENTS,
+    FUSED_MULTIPLY_ADD,
+    coefficient_products,
+    parts,
+    product,
+    split_kernel,
+)
 from vrm_kernels.backends.triton.staged import launches
 from vrm_kernels.backends.triton.staged.dense import dense_kernel, gradients_kernel, moments_kernel, pack_kernel
-from vrm_kernels.backends.triton.staged.launches import Call, blocks, padded, parts, wider
+from vrm_kernels.backends.triton.staged.launches import Call, blocks, padded, wider
 
 MOMENTS = {"BLOCK": 1024, "num_warps": 4}
 PACK = {"ROWS": 8, "BLOCK": 64, "num_warps": 8}
@@ -19,8 +26,6 @@ WIDTH_MULTIPLE = 64  # of the operands' components
 # Of the products of some rows of edges, which the epilogue reads back from the second-level cache; but no fewer rows
 # than a product needs to be efficient.
 PRODUCT_BYTES, PRODUCT_ROWS = 24 * 2**20, 256
-# Components of a view's logits from which the roundings of single bfloat16 operands average out.
-AVERAGING_COMPONENTS = 2**20
 
 
 class Precision(NamedTuple):
@@ -143,10 +148,7 @@ def _graph(call: Call, precision: Precision, graph: int, moments: Tensor, flags:
     )
     for number, (own_base, owns, coefficient, other, sums, tiles) in enumerate(sides):
         out = new(precision.gradient_terms, 2, owns, width)
-        product(coefficient[0], other[..., :width].mT, out[0])
-        if split:
-            product(coefficient[1], other[..., :width].mT, out[1])
-            product(coefficient[0], other[..., width : 2 * width].mT, out[2])
+        coefficient_products(coefficient, other, out)
         gradients_kernel[(blocks(owns, GRADIENTS["ROWS"]), blocks(width, GRADIENTS["BLOCK"]))](
             products=out, sums=sums, packed=packed, scale=scale, packed_width=width, own_base=own_base, owns=owns,
             other_tiles=tiles, edges=problem.whole_edges or call.layout.edges[graph], weight=call.weights[graph],

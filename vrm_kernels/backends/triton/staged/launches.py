@@ -1,8 +1,6 @@
 """The stages from the host's side: sizes, arrays, and the launches of each stage, in their order."""
 
-import ctypes
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vrm_kernels.backends.contract import LossSettings, Probs, compute_dtype
-from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD
+from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, parts
 from vrm_kernels.backends.triton.staged.arrays import PADDING, Arrays
 from vrm_kernels.backends.triton.staged.entropy import entropy_kernel
 from vrm_kernels.backends.triton.staged.finish import finish_kernel
@@ -287,10 +285,3 @@ def power_of_two(n: int) -> int:
 def wider(meta: dict, dtype: torch.dtype) -> dict:
     """A kernel's meta-parameters with twice the threads for float64, which takes two registers a number."""
     return meta | {"num_warps": meta["num_warps"] * dtype.itemsize // 4}
-
-
-@functools.lru_cache(maxsize=1024)
-def parts(x: float) -> tuple[float, float]:
-    """``x`` as the sum of two float32 numbers, which is what a kernel can be given of it."""
-    high = ctypes.c_float(x).value
-    return (high, x - high) if math.isfinite(high) else (high, 0.0)
