@@ -245,7 +245,7 @@ class StagedThresholds:
             logits, logits[:2], ((m, n, 1),), (1.0, 0.0), percentile, 1.0, RELATION_EPS, False, False, False
         )
         call = launches.lay_out(problem)
-        assert call.layout.levels == levels
+        assert len(call.layout.sources) == levels + 1
         call.arrays.entropies[: m * n] = values.flatten()
         call.arrays.brackets.zero_()
         launches.select(call)
@@ -273,10 +273,10 @@ class StagedThresholds:
     def test_a_bracket_that_misses_and_one_that_overflows(self, monkeypatch):
         """The sampled entropies are larger than all others; or as if drawn from a much wider distribution."""
         generator = torch.Generator().manual_seed(0)
-        sampled = torch.arange(forms.SAMPLE) * 2654435761 % 27000
+        sampled = torch.arange(forms.sample(27000)) * 2654435761 % 27000
         values = torch.rand(27000, generator=generator)
         values[sampled] += 5
         self.assert_selected(monkeypatch, values.view(90, 300), 30.0, 1)
         values = 0.3 + 0.01 * torch.rand(27000, generator=generator)
-        values[sampled] = torch.rand(forms.SAMPLE, generator=generator)
+        values[sampled] = torch.rand(forms.sample(27000), generator=generator)
         self.assert_selected(monkeypatch, values.view(90, 300), 30.0, 1)

@@ -10,22 +10,37 @@ Form = Literal["literal", "dense"]
 LITERAL_VISIT = 18
 # Beyond, the dense form costs less by counting: about 40 microseconds of an H100's float32 units.
 LITERAL_INSTRUCTIONS = 2**30
+# Entropies of a graph that are stored; of more they are computed again, by blocks of rows of so many edges.
+STORED_EDGES = 2**26
 # Edges of a graph that one block ranks by itself; more are narrowed by brackets first.
-SELECT_EDGES = 2**15
-# Entropies in the sample of a bracket, and how many standard deviations of a sampled rank it reaches on either side.
-SAMPLE, DEVIATIONS = 2**13, 6
+SELECT_EDGES = 2**16
+# The sample of a bracket: one of so many entropies, but no fewer and no more than these; and how many standard
+# deviations of a sampled rank it reaches on either side.
+EDGES_PER_SAMPLE, SMALLEST_SAMPLE, LARGEST_SAMPLE, DEVIATIONS = 2**10, 2**13, 2**20, 6
 
 
 def form(graphs: Iterable[tuple[int, int, int]], percentile: float) -> Form:
     """The form for graphs of ``(vertices of side a, of side b, dimensions)``."""
-    components = sum(m * n * dims for m, n, dims in graphs)
-    instructions = components * (1 + 2 * LITERAL_VISIT * percentile / 100)
-    return "literal" if instructions <= LITERAL_INSTRUCTIONS else "dense"
+    graphs = list(graphs)
+    instructions = sum(m * n * dims for m, n, dims in graphs) * (1 + 2 * LITERAL_VISIT * percentile / 100)
+    few = instructions <= LITERAL_INSTRUCTIONS and all(m * n <= STORED_EDGES for m, n, _ in graphs)
+    return "literal" if few else "dense"
+
+
+def sample(edges: int) -> int:
+    """From how many of ``edges`` entropies the ends of a bracket come: a power of two."""
+    size = 1 << max(0, edges // EDGES_PER_SAMPLE - 1).bit_length()
+    return min(max(size, SMALLEST_SAMPLE), LARGEST_SAMPLE)
 
 
 def candidates(edges: int) -> int:
     """How many of ``edges`` entropies a bracket leaves where its sample is as random as it should be."""
-    return int(2 * DEVIATIONS * 0.5 / SAMPLE**0.5 * edges) + 1
+    return int(2 * DEVIATIONS * 0.5 / sample(edges) ** 0.5 * edges) + 1
+
+
+def room(edges: int) -> int:
+    """For how many there is room: half as many again, for samples that are less random; and whole chunks."""
+    return (candidates(edges) * 3 // 2 + 1024 + 15) // 16 * 16
 
 
 def levels(edges: int) -> int:

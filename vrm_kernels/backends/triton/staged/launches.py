@@ -1,6 +1,7 @@
 """The stages from the host's side: sizes, arrays, and the launches of each stage, in their order."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +24,7 @@ PREPARE = {"BLOCK": 1024, "num_warps": 4}
 ENTROPY = {"BLOCK": 32, "DEPTH": 16, "num_warps": 4}
 # Smaller tiles where there are few, so that most multiprocessors have one.
 FEW_EDGES, ENTROPY_FEW = 2**16, {"BLOCK": 16, "DEPTH": 32, "num_warps": 4}
-BRACKET = {"num_warps": 16}
+BRACKET = {"BLOCK": 8192, "num_warps": 16}
 COUNT = {"BLOCK": 4096, "num_warps": 8}
 EXACT = {"BLOCK": 4096, "num_warps": 16}
 LITERAL = {"CHUNK": 128, "num_warps": 8}
@@ -67,8 +68,9 @@ class Layout(NamedTuple):
     edges: tuple[int, ...]  # that exist, of each graph
     tiles: tuple[int, ...]  # of edges, of each graph, in the dense form; else 0
     depths: tuple[int, ...]  # of a row of probabilities, padded
-    rooms: tuple[int, ...]  # for what a bracket leaves
-    levels: int
+    sources: tuple[
+        tuple[int, ...], ...
+    ]  # of each bracket, and of what the last one left: how many may be in each graph
     capacity: int  # of a vertex' list of edges
     floats: dict[str, int]  # elements of the arrays of floating-point numbers, padded
     integers: dict[str, int]  # of 32 bits
@@ -105,7 +107,9 @@ def layout(
     edges = [m * n for m, n, _ in sizes]
     levels = max(map(forms.levels, edges)) if ranked else 0
     depths = tuple(padded(depth or dims) for _, _, dims in sizes)
-    rooms = tuple(padded(forms.candidates(n) * 3 // 2 + 1024) if levels else 0 for n in edges)
+    sources = [tuple(edges)]
+    for _ in range(levels):
+        sources.append(tuple(map(forms.room, sources[-1])))
     capacity = max(m + n if complete else max(m, n) for m, n, _ in sizes)
     matrix = sum(v * padded(dims) for v, (_, _, dims) in zip(vertices, sizes, strict=True))
     ranking = sum(v * depth for v, depth in zip(vertices, depths, strict=True))
@@ -115,7 +119,7 @@ def layout(
         "surprisals": ranking,
         "cross_entropy": 4 * rows,
         "entropies": sum(edges) if ranked or dense else 0,
-        "collected": 2 * forms.SAMPLE + levels * sum(rooms) if levels else 0,
+        "collected": sum(map(forms.sample, edges)) + sum(map(sum, sources[1:])) if levels else 0,
         "thresholds": 2,
         "losses": sum(vertices),
         "partial": matrix if need_grad else 0,
@@ -124,8 +128,8 @@ def layout(
     }
     integers = {"lists": sum(vertices) * capacity, "finite": 4 * rows, "flags": sum(tiles)}
     return Layout(
-        rows, vertices, tuple(pruning.edge_count(m, n, exclude_self) for m, n, _ in sizes), tiles, depths, rooms,
-        levels, capacity, *({name: padded(count) for name, count in x.items()} for x in (floats, integers)),
+        rows, vertices, tuple(pruning.edge_count(m, n, exclude_self) for m, n, _ in sizes), tiles, depths,
+        tuple(sources), capacity, *({name: padded(count) for name, count in x.items()} for x in (floats, integers)),
     )  # fmt: skip
 
 
@@ -145,7 +149,7 @@ def lay_out(problem: Problem, given: Given | None = None) -> Call:
     arrays = Arrays(
         **_cut(new, plan.floats, dtype),
         **_cut(new, plan.integers, torch.int32),
-        brackets=new(plan.levels * 2 * FIELDS.value, dtype=torch.int64),
+        brackets=new((len(plan.sources) - 1) * 2 * FIELDS.value, dtype=torch.int64),
         kept=new(2, dtype=torch.int64),
         grads=new((rows_a + rows_b, classes) if problem.need_grad else 0, dtype=dtype),
         loss=new((), dtype=dtype),
@@ -208,23 +212,43 @@ def entropy(call: Call) -> None:
 
 def select(call: Call) -> None:
     """One launch, and two more for each bracket."""
-    graphs, dtype = len(call.problem.sizes), call.dtype
-    (rank_0, weight_0), *_, (rank_1, weight_1) = 2 * [
-        pruning.rank(call.problem.percentile / 100, count, dtype) for count in call.layout.edges
-    ]
-    common = call.common | {
-        "rank_0": rank_0, "rank_1": rank_1, "capacity_0": call.layout.rooms[0], "capacity_1": call.layout.rooms[-1],
-    }  # fmt: skip
-    sources = [m * n for m, n, _ in call.problem.sizes]
-    for level in range(call.layout.levels):
-        bracket_kernel[(graphs,)](**common, LEVEL=level, **BRACKET)
-        jobs = [blocks(count, COUNT["BLOCK"]) for count in sources]
-        count_kernel[(sum(jobs),)](**common, jobs_0=jobs[0], LEVEL=level, **wider(COUNT, dtype))
-        sources = list(call.layout.rooms)
-    block = min(EXACT["BLOCK"], power_of_two(max(sources)))
-    exact_kernel[(graphs,)](
-        **common, weights=(parts(weight_0), parts(weight_1)), LEVELS=call.layout.levels, **EXACT | {"BLOCK": block}
+    sources, dtype = call.layout.sources, call.dtype
+    levels, graphs = len(sources) - 1, len(call.problem.sizes)
+    ranks, weights = zip(
+        *(pruning.rank(call.problem.percentile / 100, count, dtype) for count in call.layout.edges), strict=True
     )
+    all_entropies = common = {"arrays": call.arrays, **FUSED_MULTIPLY_ADD, **_of_graphs("from", (0, sources[0][0]))}
+    end = sum(map(forms.sample, sources[0]))  # of what is in use of the room for what brackets leave
+    for level, (counts, rooms) in enumerate(itertools.pairwise(sources)):
+        counted = common | _of_graphs("count", counts)
+        bracket_kernel[(graphs,)](
+            **counted, **_of_graphs("rank", ranks), **_of_graphs("sample", tuple(map(forms.sample, counts))),
+            LEVEL=level, **BRACKET,
+        )  # fmt: skip
+        jobs = [blocks(count, COUNT["BLOCK"]) for count in counts]
+        to = end, end + rooms[0]
+        count_kernel[(sum(jobs),)](
+            **counted, **_of_graphs("to", to), **_of_graphs("room", rooms), jobs_0=jobs[0], LEVEL=level,
+            **wider(COUNT, dtype),
+        )  # fmt: skip
+        common = common | _of_graphs("from", to)
+        end += sum(rooms)
+    block = min(EXACT["BLOCK"], power_of_two(max(sources[-1])))
+    exact_kernel[(graphs,)](
+        **all_entropies, **_of_graphs("count", sources[0]), **_of_graphs("rank", ranks),
+        **_of_graphs("to", (common["from_0"], common["from_1"])), **_of_graphs("room", sources[-1]),
+        weights=tuple(map(parts, _of_both(weights))), LEVELS=levels, **EXACT | {"BLOCK": block},
+    )  # fmt: skip
+
+
+def _of_both(values: tuple) -> tuple:
+    """Of a graph alone, twice."""
+    return values[0], values[-1]
+
+
+def _of_graphs(name: str, values: tuple) -> dict:
+    """A kernel's arguments ``name_0`` and ``name_1``."""
+    return {f"{name}_0": values[0], f"{name}_1": values[-1]}
 
 
 def literal(call: Call, targets: Targets) -> None:

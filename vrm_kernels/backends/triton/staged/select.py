@@ -9,16 +9,17 @@ import triton
 import triton.language as tl
 
 from vrm_kernels.backends.triton.edge import number, root, wide
-from vrm_kernels.backends.triton.staged.arrays import SIZES, sizes_of
 from vrm_kernels.graph import forms
 
 BELOW, AT_LOW, AT_HIGH, INSIDE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOW, HIGH, COUNT, RANK = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
 FIELDS = tl.constexpr(8)
 BUCKETS, BITS = tl.constexpr(32), tl.constexpr(5)
-SAMPLE, DEVIATIONS = tl.constexpr(forms.SAMPLE), tl.constexpr(forms.DEVIATIONS)
+DEVIATIONS = tl.constexpr(forms.DEVIATIONS)
 HASH = tl.constexpr(2654435761)  # a prime near 2^32 over the golden ratio: its multiples spread evenly over any size
-RANKS = ("rank_0", "rank_1", "capacity_0", "capacity_1")
+# Of each graph: where a source begins and how many it has, where what lies inside a bracket goes and for how many there
+# is room, the wanted rank, the size of a sample, programs.
+COUNTS = [f"{name}_{graph}" for name in ("from", "count", "to", "room", "rank", "sample", "jobs") for graph in (0, 1)]
 
 
 @triton.jit
@@ -98,20 +99,13 @@ def order_statistic(values, count, rank, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _source(arrays, graph, level, m_0, n_0, count, capacity_0, capacity_1):
-    """Where the source of a level's bracket lies."""
-    if level == 0:
-        values = arrays.entropies + graph * wide(m_0) * n_0
+def _source(arrays, start, LEVEL: tl.constexpr):
+    """The source of a level's bracket: entropies, or what the level before collected."""
+    if LEVEL == 0:
+        values = arrays.entropies + wide(start)
     else:
-        values = _collected(arrays, graph, level - 1, capacity_0, capacity_1)
+        values = arrays.collected + wide(start)
     return values
-
-
-@triton.jit
-def _collected(arrays, graph, level, capacity_0, capacity_1):
-    """Behind the samples of both graphs, graph 0 first; every level has room for what the first may leave."""
-    base = 2 * SAMPLE + graph * capacity_0
-    return arrays.collected + wide(base) + level * (wide(capacity_0) + capacity_1)
 
 
 @triton.jit
@@ -125,64 +119,62 @@ def _rank_inside(bracket, inside):
     return tl.minimum(tl.maximum(_left(bracket), 0), tl.maximum(inside - 1, 0))
 
 
-@triton.jit(do_not_specialize=[*SIZES, *RANKS])
+@triton.jit(do_not_specialize=COUNTS)
 def bracket_kernel(
-    arrays, rows_a, rows_b, classes, rank_0, rank_1, capacity_0, capacity_1,
-    COMPLETE: tl.constexpr, LEVEL: tl.constexpr,
+    arrays, from_0, from_1, count_0, count_1, rank_0, rank_1, sample_0, sample_1, LEVEL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a graph: the ends of a bracket, from a sample of its source."""
     T: tl.constexpr = arrays.entropies.dtype.element_ty
     graph = tl.program_id(0)
-    m_0, n_0, _, _, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
-    m, n, _, _, _ = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
     bracket = arrays.brackets + (LEVEL * 2 + graph) * FIELDS
-    count, rank = wide(m) * n, wide(tl.where(graph == 0, rank_0, rank_1))
+    count, rank = wide(tl.where(graph == 0, count_0, count_1)), wide(tl.where(graph == 0, rank_0, rank_1))
     if LEVEL > 0:
         before = bracket - 2 * FIELDS
-        count = tl.minimum(tl.load(before + INSIDE), wide(tl.where(graph == 0, capacity_0, capacity_1)))
+        count = tl.minimum(tl.load(before + INSIDE), count)
         rank = _rank_inside(before, count)
-    values = _source(arrays, graph, LEVEL, m_0, n_0, count, capacity_0, capacity_1)
-    sample = arrays.collected + graph * SAMPLE
-    k = tl.arange(0, SAMPLE)
-    at = k.to(tl.int64) * HASH % tl.maximum(count, 1)
-    tl.store(sample + k, tl.load(values + at, k < SAMPLE * tl.minimum(count, 1), 0.0))
+    values = _source(arrays, tl.where(graph == 0, from_0, from_1), LEVEL)
+    sample, size = arrays.collected + tl.where(graph == 0, 0, sample_0), tl.where(graph == 0, sample_0, sample_1)
+    for start in range(0, size, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        at = k.to(tl.int64) * HASH % tl.maximum(count, 1)
+        tl.store(sample + k, tl.load(values + at, k < size * tl.minimum(count, 1), 0.0), k < size)
     tl.debug_barrier()
     share = rank.to(tl.float32) / tl.maximum(count - 1, 1).to(tl.float32)
     share = tl.minimum(tl.maximum(share, 0.0), 1.0)
-    margin = root(share * (1.0 - share) * SAMPLE) * DEVIATIONS + 2.0
-    first = (share * (SAMPLE - 1) - margin).to(tl.int32)
-    last = (share * (SAMPLE - 1) + margin).to(tl.int32)
-    low, _ = order_statistic(sample, SAMPLE, tl.maximum(first, 0), SAMPLE)
-    high, _ = order_statistic(sample, SAMPLE, tl.minimum(last, SAMPLE - 1), SAMPLE)
+    margin = root(share * (1.0 - share) * size) * DEVIATIONS + 2.0
+    first = (share * (size - 1) - margin).to(tl.int32)
+    last = (share * (size - 1) + margin).to(tl.int32)
+    low, _ = order_statistic(sample, size, tl.maximum(first, 0), BLOCK)
+    high, _ = order_statistic(sample, size, tl.minimum(last, size - 1), BLOCK)
     # An end of the sample is none of the source.
     low = tl.where(first < 0, to_key(tl.full([], float("-inf"), T)), low)
-    high = tl.where(last >= SAMPLE, to_key(tl.full([], float("inf"), T)), high)
+    high = tl.where(last >= size, to_key(tl.full([], float("inf"), T)), high)
     tl.store(bracket + LOW, wide(low))
     tl.store(bracket + HIGH, wide(high))
     tl.store(bracket + COUNT, count)
     tl.store(bracket + RANK, rank)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *RANKS, "jobs_0"])
+@triton.jit(do_not_specialize=COUNTS)
 def count_kernel(
-    arrays, rows_a, rows_b, classes, rank_0, rank_1, capacity_0, capacity_1,
-    jobs_0,  # programs of graph 0
-    COMPLETE: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    arrays, from_0, from_1, count_0, count_1, to_0, to_1, room_0, room_1, jobs_0, LEVEL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program BLOCK entropies: where they lie to the bracket, and those inside, collected in any order."""
     job = tl.program_id(0)
     graph = (job >= jobs_0).to(tl.int32)
     job -= graph * jobs_0
-    m_0, n_0, _, _, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     bracket = arrays.brackets + (LEVEL * 2 + graph) * FIELDS
-    count = tl.load(bracket + COUNT)
+    count = wide(tl.where(graph == 0, count_0, count_1))
+    if LEVEL > 0:
+        count = tl.load(bracket + COUNT)
     at = wide(job) * BLOCK + tl.arange(0, BLOCK)
     if wide(job) * BLOCK < count:
-        values = _source(arrays, graph, LEVEL, m_0, n_0, count, capacity_0, capacity_1)
-        x = tl.load(values + at, at < count, float("nan"))
+        there = at < count
+        x = tl.load(_source(arrays, tl.where(graph == 0, from_0, from_1), LEVEL) + at, there, float("nan"))
         key = to_key(x)
         low, high = tl.load(bracket + LOW).to(key.dtype), tl.load(bracket + HIGH).to(key.dtype)
-        there = at < count
         inside = (there & (key > low) & (key < high)).to(tl.int32)
         found = tl.sum(inside, 0)
         tl.atomic_add(bracket + BELOW, wide(tl.sum((there & (key < low)).to(tl.int32), 0)), sem="relaxed")
@@ -191,9 +183,8 @@ def count_kernel(
         tl.atomic_add(bracket + AT_HIGH, wide(tl.sum(equal.to(tl.int32), 0)), sem="relaxed")
         first = tl.atomic_add(bracket + INSIDE, wide(found), sem="relaxed")
         place = first + tl.cumsum(inside, 0) - 1
-        room = tl.where(graph == 0, capacity_0, capacity_1)
-        out = _collected(arrays, graph, LEVEL, capacity_0, capacity_1)
-        tl.store(out + place, x, (inside > 0) & (place < room))
+        out = arrays.collected + wide(tl.where(graph == 0, to_0, to_1))
+        tl.store(out + place, x, (inside > 0) & (place < tl.where(graph == 0, room_0, room_1)))
 
 
 @triton.jit
@@ -208,27 +199,30 @@ def _interpolated(low, high, weight):
     return x
 
 
-@triton.jit(do_not_specialize=[*SIZES, *RANKS])
+@triton.jit(do_not_specialize=COUNTS)
 def exact_kernel(
-    arrays, rows_a, rows_b, classes, rank_0, rank_1, capacity_0, capacity_1,
+    arrays,
+    from_0, from_1, count_0, count_1, rank_0, rank_1,  # of all entropies
+    to_0, to_1, room_0, room_1,  # of what the last bracket left
     weights,  # of the entropy at the rank after, of each graph: a number in two parts
-    COMPLETE: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr,
+    LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a graph: among what the last bracket left, or among all entropies if a bracket missed."""
     T: tl.constexpr = arrays.entropies.dtype.element_ty
     graph = tl.program_id(0)
-    m_0, n_0, _, _, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
-    m, n, _, _, _ = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
     weight = tl.where(graph == 0, number(weights[0], T), number(weights[1], T))
-    room = wide(tl.where(graph == 0, capacity_0, capacity_1))
-    count, rank = wide(m) * n, wide(tl.where(graph == 0, rank_0, rank_1))
-    values = arrays.entropies + graph * wide(m_0) * n_0
+    count, rank = wide(tl.where(graph == 0, count_0, count_1)), wide(tl.where(graph == 0, rank_0, rank_1))
+    values = _source(arrays, tl.where(graph == 0, from_0, from_1), 0)
     held = rank >= 0
     for level in tl.static_range(LEVELS):
         bracket = arrays.brackets + (level * 2 + graph) * FIELDS
         below, at_low = tl.load(bracket + BELOW), tl.load(bracket + AT_LOW)
         inside, at_high = tl.load(bracket + INSIDE), tl.load(bracket + AT_HIGH)
         here, source = tl.load(bracket + RANK), tl.load(bracket + COUNT)
+        if level + 1 < LEVELS:  # the next bracket's source is what found room
+            room = tl.load(bracket + 2 * FIELDS + COUNT)
+        else:
+            room = wide(tl.where(graph == 0, room_0, room_1))
         after = tl.minimum(here + (weight > 0).to(tl.int64), source - 1)
         held = held & (here >= below) & (after < below + at_low + inside + at_high) & (inside <= room)
     if LEVELS > 0:
@@ -237,7 +231,7 @@ def exact_kernel(
         rank = tl.where(held, _rank_inside(last, inside), rank)
         count = tl.where(held, inside, count)
         if held:
-            values = _collected(arrays, graph, LEVELS - 1, capacity_0, capacity_1)
+            values = _source(arrays, tl.where(graph == 0, to_0, to_1), 1)
     low, high = order_statistic(values, count, rank, BLOCK)
     for k in tl.static_range(LEVELS):
         bracket = arrays.brackets + ((LEVELS - 1 - k) * 2 + graph) * FIELDS
