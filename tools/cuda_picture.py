@@ -73,15 +73,16 @@ def draw_dense(ax):
         ("torch's products", "gamma x and beta w for both sides, 4; columns of ones\n"
          "in x and w give the sums of gamma and beta", GREY),
         ("add", "to the gradients of the tiles before", ORANGE),
+        ("literal_tile", "the same for the edges whose bit is set", ORANGE),
     ]  # fmt: skip
     for k, (name, what, colour) in enumerate(parts):
-        y = 29 - 6.1 * k
-        box(ax, 0, y, 15, 4.4, colour, name, size=8, alpha=0.5 if colour == GREY else 0.25, weight="bold")
-        ax.text(16, y + 2.2, what, ha="left", va="center", size=8, color=INK)
+        y = 29.6 - 5.2 * k
+        box(ax, 0, y, 15, 4, colour, name, size=8, alpha=0.5 if colour == GREY else 0.25, weight="bold")
+        ax.text(16, y + 2, what, ha="left", va="center", size=8, color=INK)
         if k:
-            arrow(ax, (7.5, y + 6.1), (7.5, y + 4.4))
+            arrow(ax, (7.5, y + 5.2), (7.5, y + 4))
     ax.text(0, 2.6, "Before, a graph: sums, means, pack, split; twice H by tiles: count, advance.\n"
-            "After, both graphs: literal (edges whose bit is set), finish.", va="top", size=8)  # fmt: skip
+            "After, both graphs: finish.", va="top", size=8)  # fmt: skip
     ax.set_xlim(-1, 58)
     ax.set_ylim(-2, 36)
 

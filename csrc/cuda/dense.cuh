@@ -74,10 +74,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
     }
     const unsigned marks = __ballot_sync(kFullWarp, literal);
     literals |= static_cast<unsigned>(literal) << r;
-    if (lane_index() == 0 && i < tile.rows) packed.row_bits[row * ceil_div(g.columns, 32) + column / 32] = marks;
+    if (lane_index() == 0 && i < tile.rows) tile.row_bits[i * ceil_div(tile.columns, 32) + j / 32] = marks;
   }
-  if (has_column) packed.column_bits[column * ceil_div(g.rows, 32) + (tile.row + i0) / 32] = literals;
-  if (literals != 0) atomicOr(&g.status->uncertified, 1);
+  if (has_column) tile.column_bits[j * ceil_div(tile.rows, 32) + i0 / 32] = literals;
+  if (literals != 0) atomicMax(&g.status->uncertified, tile.number);
   kept = warp_sum(kept);
   const double total = warp_sum(static_cast<double>(loss));
   if (lane_index() != 0) return;

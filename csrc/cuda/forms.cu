@@ -4,7 +4,6 @@
 
 #include "entropy.cuh"
 #include "finish.cuh"
-#include "literal.cuh"
 #include "prepare.cuh"
 #include "select.cuh"
 #include "tiles.h"
@@ -123,7 +122,7 @@ void run(const Problem<T>& p, const Settings& settings, const Multiply<T>& multi
     whole.rows = g.rows, whole.columns = whole.entropy_ld = g.columns, whole.entropy = g.entropy;
     select_by_digits(p, k, stream, [&](int, const auto& count) { count(whole); });
   }
-  launch(literal_kernel<T>, {both_graphs(p, literal_blocks<T>), kLiteralBytes<T>}, stream, p);
+  if (!settings.dense) launch(literal_kernel<T>, {both_graphs(p, literal_blocks<T>), kLiteralBytes<T>}, stream, p);
   launch(finish_kernel<T>, {finish_blocks(p), kFinishBytes<T>}, stream, p);
 }
 

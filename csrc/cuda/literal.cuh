@@ -11,34 +11,17 @@
 namespace vrm {
 namespace cuda {
 
-// One vertex: its own vectors, and those of the vertices on the other side.
-template <class T> struct Vertex {
+// One vertex and the range of vertices on the other side of its edges.
+template <class T, bool Dense> struct Vertex {
   const Graph<T>& g;
-  bool column;  // of the side b
-  int64_t own;
+  bool column;                       // of the side b
+  int64_t index, others, first_other;
 
-  __device__ int64_t others() const { return column ? g.rows : g.columns; }
-  __device__ int64_t index() const { return column ? g.first_b + own : own; }
   __device__ T difference(const T* x, int64_t other, int64_t k) const {
-    return x[index() * g.dims + k] - x[(column ? other : g.first_b + other) * g.dims + k];
+    return x[index * g.dims + k] - x[(first_other + other) * g.dims + k];
   }
   __device__ T student(int64_t other, int64_t k) const { return difference(g.student, other, k); }
   __device__ T teacher(int64_t other, int64_t k) const { return difference(g.teacher, other, k); }
-
-  // Whether the stage has to visit the edge: it is kept, and in the dense form not certified.
-  __device__ bool visits_row(int64_t j, T threshold) const {
-    if (g.dense) return marked(g.packed.row_bits, g.columns, j);
-    if (g.keep_all) return !(g.exclude_self && own == j);
-    return g.entropy[own * g.columns + j] <= threshold;  // NaN: no
-  }
-  __device__ bool visits_column(int64_t i, T threshold) const {
-    if (g.dense) return marked(g.packed.column_bits, g.rows, i);
-    if (g.keep_all) return !(g.exclude_self && own == i);
-    return g.entropy[i * g.columns + own] <= threshold;
-  }
-  __device__ bool marked(const uint32_t* bits, int64_t count, int64_t other) const {
-    return (bits[own * ceil_div(count, 32) + other / 32] >> (other % 32) & 1u) != 0;
-  }
 };
 
 // Up to kThreads kept edges of a vertex: the other end, and what the gradient needs of the edge.
@@ -53,8 +36,8 @@ template <class T> struct EdgeList {
 };
 
 // The formula of one edge, by a warp; returns the loss.
-template <class T>
-__device__ __forceinline__ T measure_edge(const Vertex<T>& vertex, int64_t other, int times, int e,
+template <class T, bool Dense>
+__device__ __forceinline__ T measure_edge(const Vertex<T, Dense>& vertex, int64_t other, int times, int e,
                                           EdgeList<T>& list) {
   const Graph<T>& g = vertex.g;
   T student = 0, teacher = 0;
@@ -84,11 +67,11 @@ __device__ __forceinline__ T measure_edge(const Vertex<T>& vertex, int64_t other
 
 // Adds the steps of the `count` edges of the list to the vertex's gradient, or begins it. Threads lie along the
 // dimensions; where those are few, several groups share the edges.
-template <class T>
-__device__ __forceinline__ void add_steps(const Vertex<T>& vertex, int count, bool begin, EdgeList<T>& list) {
+template <class T, bool Dense>
+__device__ __forceinline__ void add_steps(const Vertex<T, Dense>& vertex, int count, bool begin, EdgeList<T>& list) {
   const Graph<T>& g = vertex.g;
-  T* grad = g.grad + vertex.index() * g.grad_ld;
-  const T scale = g.dense ? g.packed.coefficient_scale / g.status->scale[0] : T(1);  // of the products' gradients
+  T* grad = g.grad + vertex.index * g.grad_ld;
+  const T scale = Dense ? g.packed.coefficient_scale / g.status->scale[0] : T(1);  // of the products' gradients
   const int width = g.dims < kThreads ? static_cast<int>(ceil_div(g.dims, 32)) * 32 : kThreads;
   const int groups = kThreads / width, group = thread_index() / width;
   for (int64_t k0 = 0; k0 < g.dims; k0 += width) {
@@ -111,18 +94,19 @@ __device__ __forceinline__ void add_steps(const Vertex<T>& vertex, int count, bo
   }
 }
 
-template <class T> __device__ __forceinline__ void visit_vertex(const Vertex<T>& vertex, char* shared) {
-  EdgeList<T>& list = *reinterpret_cast<EdgeList<T>*>(shared);
+// visits(as_column, other): whether the stage has to visit the edge that the vertex is a row of, or a column of. Where
+// `both`, the vertex is both.
+template <class T, bool Dense, class Visits>
+__device__ __forceinline__ void visit_vertex(const Vertex<T, Dense>& vertex, bool both, const Visits& visits) {
+  EdgeList<T>& list = *reinterpret_cast<EdgeList<T>*>(shared_memory());
   const Graph<T>& g = vertex.g;
-  const T threshold = g.keep_all || g.dense ? T(0) : g.status->threshold;
-  const bool columns = vertex.column || (g.one_set() && g.need_grad);
   double loss = 0;
   unsigned long long kept = 0;
-  for (int64_t first = 0; first < vertex.others(); first += kThreads) {
+  for (int64_t first = 0; first < vertex.others; first += kThreads) {
     const int64_t other = first + thread_index();
-    const bool inside = other < vertex.others();
-    const bool as_row = inside && !vertex.column && vertex.visits_row(other, threshold);
-    const bool as_column = inside && columns && vertex.visits_column(other, threshold);
+    const bool inside = other < vertex.others;
+    const bool as_row = inside && !vertex.column && visits(false, other);
+    const bool as_column = inside && (vertex.column || both) && visits(true, other);
     const int times = as_row + as_column, mine = times > 0;
     const int place = block_sum_before(mine, list.counts), count = block_sum(mine, list.counts);
     if (mine) {
@@ -137,21 +121,23 @@ template <class T> __device__ __forceinline__ void visit_vertex(const Vertex<T>&
     }
     kept += as_row;
     __syncthreads();
-    const bool begin = first == 0 && !g.dense;
+    const bool begin = first == 0 && !Dense;
     if (g.need_grad && (begin || count > 0)) add_steps(vertex, count, begin, list);
     __syncthreads();  // before the next edges take their places
   }
   if (vertex.column) return;
   const double total = block_sum(lane_index() == 0 ? loss : 0.0, list.losses);
   kept = warp_sum(kept);
-  if (!g.dense && lane_index() == 0 && kept != 0) atomicAdd(&g.status->kept, kept);
-  if (thread_index() == 0) g.losses[vertex.own] = total;
+  if (!Dense && lane_index() == 0 && kept != 0) atomicAdd(&g.status->kept, kept);
+  if (thread_index() == 0) g.losses[vertex.index] = Dense ? g.losses[vertex.index] + total : total;
 }
 
+template <class T> constexpr int64_t kLiteralBytes = sizeof(EdgeList<T>);
+
+// The literal form: all kept edges of all graphs.
 template <class T> __host__ __device__ inline int64_t literal_blocks(const Graph<T>& g) {
   return g.rows + (g.need_grad && !g.one_set() ? g.columns : 0);
 }
-template <class T> constexpr int64_t kLiteralBytes = sizeof(EdgeList<T>);
 
 template <class T> __global__ void __launch_bounds__(kThreads, 2)
     literal_kernel(const __grid_constant__ Problem<T> p) {
@@ -159,11 +145,42 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
   const Graph<T>& g = p.graph[second];
   const int64_t vertex = second ? blockIdx.x - literal_blocks(p.graph[0]) : blockIdx.x;
   const bool column = vertex >= g.rows;
-  if (g.dense && g.status->uncertified == 0) {
-    if (!column && thread_index() == 0) g.losses[vertex] = 0;
-    return;
-  }
-  visit_vertex(Vertex<T>{g, column, column ? vertex - g.rows : vertex}, shared_memory());
+  const int64_t own = column ? vertex - g.rows : vertex;
+  const T threshold = g.keep_all ? T(0) : g.status->threshold;
+  visit_vertex(Vertex<T, false>{g, column, column ? g.first_b + own : own, column ? g.rows : g.columns,
+                                column ? 0 : g.first_b},
+               g.one_set() && g.need_grad, [&](bool as_column, int64_t other) {
+                 if (g.keep_all) return !(g.exclude_self && own == other);
+                 return g.entropy[as_column ? other * g.columns + own : own * g.columns + other] <= threshold;  // NaN: no
+               });
+}
+
+// The dense form: the edges of a tile that are kept and not certified. Tiles come one after the other, and each adds to
+// the losses and gradients of those before it.
+template <class T> VRM_HOST_DEVICE bool tile_is_diagonal(const Graph<T>& g, const Tile<T>& tile) {
+  return g.one_set() && tile.row == tile.column;
+}
+template <class T> int64_t literal_tile_blocks(const Graph<T>& g, const Tile<T>& tile) {
+  return tile.rows + (g.need_grad && !tile_is_diagonal(g, tile) ? tile.columns : 0);
+}
+
+template <class T> __global__ void __launch_bounds__(kThreads, 2)
+    literal_tile_kernel(const __grid_constant__ Problem<T> p, int which, const __grid_constant__ Tile<T> tile) {
+  const Graph<T>& g = p.graph[which];
+  if (g.status->uncertified != tile.number) return;
+  const bool column = blockIdx.x >= tile.rows, both = g.need_grad && tile_is_diagonal(g, tile);
+  const int64_t own = column ? blockIdx.x - tile.rows : blockIdx.x;
+  const uint32_t* row = tile.row_bits + own * ceil_div(tile.columns, 32);
+  const uint32_t* columns = tile.column_bits + own * ceil_div(tile.rows, 32);
+  const Vertex<T, true> vertex{g, column, column ? g.first_b + tile.column + own : tile.row + own,
+                               column ? tile.rows : tile.columns, column ? tile.row : g.first_b + tile.column};
+  unsigned any = 0;  // of the edges
+  for (int64_t w = thread_index(); w < ceil_div(vertex.others, 32); w += kThreads)
+    any |= (column ? 0u : row[w]) | (column || both ? columns[w] : 0u);
+  if (block_sum(static_cast<int>(any != 0), reinterpret_cast<int*>(shared_memory())) == 0) return;
+  visit_vertex(vertex, both, [&](bool as_column, int64_t other) {
+    return ((as_column ? columns : row)[other / 32] >> (other % 32) & 1u) != 0;
+  });
 }
 
 }  // namespace cuda

@@ -29,7 +29,7 @@ template <class T> struct Status {
   T threshold;
   int nan;                    // an entropy is not a number
   T scale[2];                 // of the operands of student and teacher, powers of two
-  int uncertified;            // an edge is left to the literal stage
+  int uncertified;            // the last tile of the dense form with edges for the literal stage; 0: none
   uint64_t prefix[2];         // of the rank's key and of its successor's, so far
   int64_t rest[2];            // their ranks among the keys with the prefix
 };
@@ -62,8 +62,7 @@ template <class T> struct Packed {
   T* sums;              // [chunks, 2, D]
   T* mean;              // [2, D]
   double* spread;       // [blocks of dimensions, 2]
-  uint32_t *row_bits, *column_bits;  // [M, words of N], [N, words of M]: kept edges that are not certified
-  double* losses;       // [blocks of 32 x 32 edges]
+  double* losses;       // [blocks of 32 x 32 edges], of certified edges
 };
 
 // One relation graph: M x N edges of D dimensions, ranked by entropies of depth K. Matrices are dense, row by row. Side
@@ -85,7 +84,7 @@ template <class T> struct Graph {
   Status<T>* status;
   T* entropy;      // [M, N]; literal form: NaN where there is no edge
   unsigned long long* digits;  // [2, kDigits]: see digits.cuh; null: one block selects
-  double* losses;  // [M], of the kept edges of a row
+  double* losses;  // [M], of the kept edges of a row; dense form: of those that are not certified
   T* grad;         // [V, grad_ld]: of the sum of the edges' losses; dense form: of the products, see graph_gradient
   int64_t grad_ld;
   bool dense;
@@ -96,10 +95,12 @@ template <class T> struct Graph {
 
 // Edges [row, row + rows) x [column, column + columns) of the dense form; pairwise arrays have ld elements a row.
 template <class T> struct Tile {
+  int number;  // from 1 on, in the order in which tiles are computed
   int64_t row, column, rows, columns, ld;
   T* entropy;
   int64_t entropy_ld;
   T* dots;  // three planes of rows x ld: dot products of the operands
+  uint32_t *row_bits, *column_bits;  // [rows, words of columns] and the other way: kept edges that are not certified
   Operand gamma, beta;  // coefficients, 0 on edges that are pruned or not certified
   T* products;          // of a coefficient each with the vectors
 };

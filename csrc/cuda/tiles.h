@@ -5,6 +5,7 @@
 #include "digits.cuh"
 #include "forms.h"
 #include "launch.h"
+#include "literal.cuh"
 
 #include <algorithm>
 
@@ -25,8 +26,6 @@ template <class T> void plan_dense(Carver& carver, Graph<T>& g, const Settings& 
   packed.coefficient_scale = static_cast<T>(settings.half_terms > 0 ? kHalfLength * kHalfLength : 1);
   packed.ld = ceil_div(g.dims + 2, 8) * 8;
   packed.mean = carver.take<T>(2 * g.dims);
-  packed.row_bits = carver.take<uint32_t>(g.rows * ceil_div(g.columns, 32));
-  packed.column_bits = carver.take<uint32_t>(g.columns * ceil_div(g.rows, 32));
   packed.losses = carver.take<double>(dense_tasks(g.rows, g.columns));
 }
 
@@ -63,16 +62,18 @@ template <class T> class TiledGraph {
   }
 
   void run() {
+    if (!g_.keep_all) select();
     launch(sums_kernel<T>, {sums_blocks(g_), 2 * kThreads * int64_t{sizeof(T)}}, stream_, p_, which_);
     launch(means_kernel<T>, {means_blocks(g_), kWarps * int64_t{sizeof(double)}}, stream_, p_, which_);
     launch(pack_kernel<T>, {pack_blocks(g_)}, stream_, p_, which_);
-    if (!g_.keep_all) select();
+    clear(g_.losses, g_.rows, stream_);
     if (g_.need_grad) clear(g_.grad, g_.vertices * g_.grad_ld, stream_);
     for_each_tile([&](const Tile<T>& tile) {
       if (!g_.keep_all && !stored_) multiply_entropy(tile);
       multiply_edges(tile);
       launch(dense_kernel<T>, {dense_blocks(tile)}, stream_, p_, which_, tile);
       if (g_.need_grad) multiply_coefficients(tile);
+      launch(literal_tile_kernel<T>, {literal_tile_blocks(g_, tile), kLiteralBytes<T>}, stream_, p_, which_, tile);
     });
   }
 
@@ -84,6 +85,19 @@ template <class T> class TiledGraph {
   static void carve(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
     Packed<T>& packed = g.packed;
     const bool half = settings.half_terms > 0;
+    const int64_t edge = ceil_div(settings.tile_edge, kTile) * kTile;
+    tile = Tile<T>{};
+    tile.rows = std::min(g.rows, edge), tile.columns = std::min(g.columns, edge);
+    tile.ld = ceil_div(tile.columns, 8) * 8;
+    if (!g.keep_all) {
+      g.digits = carver.take<unsigned long long>(2 * kDigits);
+      tile.entropy_ld = stores(g, settings) ? g.columns : tile.ld;
+      tile.entropy = carver.take<T>((stores(g, settings) ? g.rows : tile.rows) * tile.entropy_ld);
+      packed.entropy_depth = half ? 3 * g.depth : g.depth;
+      packed.probs = {const_cast<T*>(g.probs), false}, packed.surprisals = {const_cast<T*>(g.surprisals), false};
+      if (half) packed.probs = take_operand(carver, g.rows * packed.entropy_depth, true, sizeof(T));
+      if (half) packed.surprisals = take_operand(carver, g.columns * packed.entropy_depth, true, sizeof(T));
+    }
     packed.parts = settings.half_terms == 2 ? 4 : 1;
     for (Operand* x : {&packed.x_s, &packed.x_t, &packed.x_w})
       *x = take_operand(carver, g.vertices * packed.parts * packed.ld, half, sizeof(T));
@@ -92,25 +106,13 @@ template <class T> class TiledGraph {
     packed.chunks = std::min(int64_t{32}, ceil_div(g.vertices, 4 * kTile));
     packed.sums = carver.take<T>(packed.chunks * 2 * g.dims);
     packed.spread = carver.take<double>(2 * means_blocks(g));
-    const int64_t edge = ceil_div(settings.tile_edge, kTile) * kTile;
-    tile = Tile<T>{};
-    tile.rows = std::min(g.rows, edge), tile.columns = std::min(g.columns, edge);
-    tile.ld = ceil_div(tile.columns, 8) * 8;
     tile.dots = carver.take<T>(3 * tile.rows * tile.ld);
-    if (g.need_grad) {
-      tile.gamma = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
-      tile.beta = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
-      tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * std::min(packed.ld, kProductWidth));
-    }
-    if (g.keep_all) return;
-    g.digits = carver.take<unsigned long long>(2 * kDigits);
-    tile.entropy_ld = stores(g, settings) ? g.columns : tile.ld;
-    tile.entropy = carver.take<T>((stores(g, settings) ? g.rows : tile.rows) * tile.entropy_ld);
-    packed.entropy_depth = half ? 3 * g.depth : g.depth;
-    packed.probs = {const_cast<T*>(g.probs), false}, packed.surprisals = {const_cast<T*>(g.surprisals), false};
-    if (!half) return;
-    packed.probs = take_operand(carver, g.rows * packed.entropy_depth, true, sizeof(T));
-    packed.surprisals = take_operand(carver, g.columns * packed.entropy_depth, true, sizeof(T));
+    tile.row_bits = carver.take<uint32_t>(tile.rows * ceil_div(tile.columns, 32));
+    tile.column_bits = carver.take<uint32_t>(tile.columns * ceil_div(tile.rows, 32));
+    if (!g.need_grad) return;
+    tile.gamma = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
+    tile.beta = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
+    tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * std::min(packed.ld, kProductWidth));
   }
 
   void select() {
@@ -125,9 +127,11 @@ template <class T> class TiledGraph {
   }
 
   template <class Visit> void for_each_tile(const Visit& visit) {
+    int number = 0;
     for (int64_t row = 0; row < g_.rows; row += edge_) {
       for (int64_t column = 0; column < g_.columns; column += edge_) {
         Tile<T> tile = base_;
+        tile.number = ++number;
         tile.row = row, tile.rows = std::min(edge_, g_.rows - row);
         tile.column = column, tile.columns = std::min(edge_, g_.columns - column);
         if (stored_ && tile.entropy != nullptr) tile.entropy += row * tile.entropy_ld + column;

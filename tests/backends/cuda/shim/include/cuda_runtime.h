@@ -112,6 +112,12 @@ template <class V> VRM_UNCHECKED V atomicMin(V* address, V value) {
   *address = value < old ? value : old;
   return old;
 }
+template <class V> VRM_UNCHECKED V atomicMax(V* address, V value) {
+  shim::note_atomic(address, sizeof(V));
+  const V old = *address;
+  *address = value > old ? value : old;
+  return old;
+}
 template <class V> VRM_UNCHECKED V atomicOr(V* address, V value) {
   shim::note_atomic(address, sizeof(V));
   const V old = *address;
