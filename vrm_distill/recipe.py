@@ -104,12 +104,14 @@ def run(
         OSError: a file could not be written; likewise.
     """
     # The end of each model's training collects garbage, and need not look at all that was imported.
+    frozen_by_caller = gc.get_freeze_count() > 0  # there is one set of frozen objects in a process
     gc.collect()
     gc.freeze()
     try:
         return _Run(settings, data, console, accelerator, teacher, resume or {}).run()
     finally:
-        gc.unfreeze()
+        if not frozen_by_caller:
+            gc.unfreeze()
 
 
 def read_state(settings: Settings, data: ImageData, teacher: nn.Module | None) -> dict[str, Any] | None:

@@ -1,12 +1,15 @@
 """train_one_epoch and validate: any loader of (real, virtual, labels), any model, any loss of VRMLoss's signature."""
 
+import gc
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from vrm_distill import train_alone_one_epoch, train_one_epoch, validate
+from vrm_distill import recipe, train_alone_one_epoch, train_one_epoch, validate
 from vrm_kernels import DualViewDataset, VRMLoss
 
 CLASSES, FEATURES = 4, 6
@@ -191,3 +194,18 @@ def test_last_batch_of_one_image():
     with pytest.raises(ValueError, match="cannot normalise a batch of 1 in training.*drop_last=True"):
         train_alone_one_epoch(model, [batch], optimizer, "cpu", views="real")
     assert train_alone_one_epoch(model, [batch], optimizer, "cpu")["loss"] > 0  # both views are two rows
+
+
+def test_objects_that_the_caller_froze_stay_frozen(monkeypatch):
+    during = []
+    monkeypatch.setattr(
+        recipe, "_Run", lambda *arguments: SimpleNamespace(run=lambda: during.append(gc.get_freeze_count()))
+    )
+    try:
+        recipe.run(None, None, None, None)
+        assert during[0] > 0 and gc.get_freeze_count() == 0
+        gc.freeze()
+        recipe.run(None, None, None, None)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
