@@ -58,7 +58,7 @@ __device__ __forceinline__ void finish_tile(const Problem<T>& p, int which, int6
     if (two) grad += by_column * square.x[warp_index() * kOwn + r][lane_index()];
     if (cross_entropy) {
       const int64_t row = which * b.samples + v;
-      grad += per_divisor * (b.probs[row * b.classes + k] * b.ce_targets[row] - Target<T>(b, v)(k));
+      grad += per_divisor * (probability(b, which, v, k) * b.ce_targets[row] - Target<T>(b, v)(k));
     }
     o.out[at] = grad;
   }

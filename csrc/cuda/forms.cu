@@ -8,38 +8,43 @@
 #include "select.cuh"
 #include "tiles.h"
 
+#include <initializer_list>
+
 namespace vrm {
 namespace cuda {
 namespace {
+
+Input transposed(const Input& x) { return {x.data, x.dtype, x.column_stride, x.row_stride}; }
 
 // The graphs of a batch are views of the arrays that prepare writes.
 template <class T> void plan_batch(Carver& carver, Problem<T>& p, const Settings& settings) {
   Batch<T>& b = p.batch;
   const int64_t size = 2 * b.samples * b.classes;
   const bool pruned = !p.graph[0].keep_all;
-  for (T** array : {&b.student_rows, &b.teacher_rows, &b.student_columns, &b.teacher_columns})
-    *array = carver.take<T>(size);
-  if (pruned || b.cross_entropy[0] || b.cross_entropy[1]) b.probs = carver.take<T>(size);
-  if (pruned) b.surprisals = carver.take<T>(size);
-  const bool split = settings.half_terms > 0;  // into operands, which are written from the rows
-  if (pruned && !split)
-    for (T** array : {&b.probs_columns, &b.surprisals_columns}) *array = carver.take<T>(size);
+  const auto take = [&](std::initializer_list<T**> arrays, int64_t count) {
+    for (T** array : arrays) *array = carver.take<T>(count);
+  };
+  if (!settings.dense) take({&b.student_rows, &b.teacher_rows, &b.student_columns, &b.teacher_columns}, size);
+  if (pruned && settings.half_terms == 0)
+    take({&b.probs, &b.surprisals, &b.probs_columns, &b.surprisals_columns}, size);
+  if (pruned || b.cross_entropy[0] || b.cross_entropy[1]) take({&b.peaks, &b.sums}, 2 * b.samples);
   b.ce_losses = carver.take<double>(2 * b.samples);
-  for (T** array : {&b.ce_weights, &b.ce_targets, &b.poison}) *array = carver.take<T>(2 * b.samples);
+  take({&b.ce_weights, &b.ce_targets, &b.poison}, 2 * b.samples);
   for (int k = 0; k < 2; ++k) {
     Graph<T>& g = p.graph[k];
     const int64_t count = k == 0 ? b.samples : b.classes;
-    g.vertices = 2 * count;
+    g.vertices = 2 * count, g.split = count;
     g.rows = g.columns = b.complete ? 2 * count : count;
     g.first_b = b.complete ? 0 : count;
     g.dims = g.depth = k == 0 ? b.classes : b.samples;
     g.student = k == 0 ? b.student_rows : b.student_columns;
     g.teacher = k == 0 ? b.teacher_rows : b.teacher_columns;
-    g.by_class = split && k == 1;
-    g.probs = k == 0 || split ? b.probs : b.probs_columns;
-    // Of the second view where it is side b: as many numbers further on in either order.
-    if (pruned) g.surprisals = (k == 0 || split ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth;
+    g.probs = k == 0 ? b.probs : b.probs_columns;
+    // Of the second view where it is side b.
+    if (b.probs != nullptr) g.surprisals = (k == 0 ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth;
     for (int view = 0; view < 2; ++view) {
+      g.student_views[view] = k == 0 ? b.student[view] : transposed(b.student[view]);
+      g.teacher_views[view] = k == 0 ? b.teacher[view] : transposed(b.teacher[view]);
       Output<T>& o = p.output[view];
       o.rows = b.samples, o.columns = b.classes;
       (k == 0 ? o.by_row : o.by_column) = view * count;
@@ -47,17 +52,18 @@ template <class T> void plan_batch(Carver& carver, Problem<T>& p, const Settings
   }
 }
 
-template <class T> void plan_vectors(Carver& carver, Problem<T>& p) {
+template <class T> void plan_vectors(Carver& carver, Problem<T>& p, const Settings& settings) {
   Vectors<T>& x = p.vectors;
   Graph<T>& g = p.graph[0];
   g.rows = x.count[0], g.columns = x.count[1], g.dims = x.dims, g.depth = x.depth;
-  g.vertices = g.rows + g.columns, g.first_b = g.rows;
-  T* student = carver.take<T>(g.vertices * g.dims);
-  T* teacher = carver.take<T>(g.vertices * g.dims);
+  g.vertices = g.rows + g.columns, g.first_b = g.split = g.rows;
+  T* student = settings.dense ? nullptr : carver.take<T>(g.vertices * g.dims);
+  T* teacher = settings.dense ? nullptr : carver.take<T>(g.vertices * g.dims);
   for (int side = 0; side < 2; ++side) {
     const int64_t first = side == 0 ? 0 : g.first_b;
-    x.students[side] = student + first * g.dims, x.teachers[side] = teacher + first * g.dims;
-    if (!g.keep_all) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
+    g.student_views[side] = x.student[side], g.teacher_views[side] = x.teacher[side];
+    if (!settings.dense) x.students[side] = student + first * g.dims, x.teachers[side] = teacher + first * g.dims;
+    if (!g.keep_all && settings.half_terms == 0) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
     x.poison[side] = carver.take<T>(x.count[side]);
     p.output[side].rows = x.count[side], p.output[side].columns = x.dims, p.output[side].by_row = first;
   }
@@ -99,7 +105,7 @@ template <class T> int64_t plan(Problem<T>& problem, const Settings& settings, c
   Problem<T>& p = memory == nullptr ? counted : problem;
   Carver carver(memory);
   p.totals = carver.take<Totals>(1);
-  p.batch.samples > 0 ? plan_batch(carver, p, settings) : plan_vectors(carver, p);
+  p.batch.samples > 0 ? plan_batch(carver, p, settings) : plan_vectors(carver, p, settings);
   for (int k = 0; k < p.graphs; ++k) plan_graph(carver, p.graph[k], settings);
   if (!settings.dense) return carver.used();
   p.memory = memory == nullptr ? nullptr : memory + carver.used();

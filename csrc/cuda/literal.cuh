@@ -5,8 +5,7 @@
 // the difference as their own vector minus the other's.
 #pragma once
 
-#include "block.cuh"
-#include "problem.h"
+#include "inputs.cuh"
 
 namespace vrm {
 namespace cuda {
@@ -17,11 +16,19 @@ template <class T, bool Dense> struct Vertex {
   bool column;                       // of the side b
   int64_t index, others, first_other;
 
-  __device__ T difference(const T* x, int64_t other, int64_t k) const {
-    return x[index * g.dims + k] - x[(first_other + other) * g.dims + k];
+  // Vectors, whose elements are [k].
+  __device__ auto student(int64_t v) const {
+    if constexpr (Dense)
+      return student_of(g, v);
+    else
+      return g.student + v * g.dims;
   }
-  __device__ T student(int64_t other, int64_t k) const { return difference(g.student, other, k); }
-  __device__ T teacher(int64_t other, int64_t k) const { return difference(g.teacher, other, k); }
+  __device__ auto teacher(int64_t v) const {
+    if constexpr (Dense)
+      return teacher_of(g, v);
+    else
+      return g.teacher + v * g.dims;
+  }
 };
 
 // Up to kThreads kept edges of a vertex: the other end, and what the gradient needs of the edge.
@@ -40,9 +47,11 @@ template <class T, bool Dense>
 __device__ __forceinline__ T measure_edge(const Vertex<T, Dense>& vertex, int64_t other, int times, int e,
                                           EdgeList<T>& list) {
   const Graph<T>& g = vertex.g;
+  const auto own_s = vertex.student(vertex.index), other_s = vertex.student(vertex.first_other + other);
+  const auto own_t = vertex.teacher(vertex.index), other_t = vertex.teacher(vertex.first_other + other);
   T student = 0, teacher = 0;
   for (int64_t k = lane_index(); k < g.dims; k += 32) {
-    const T s = vertex.student(other, k), t = vertex.teacher(other, k);
+    const T s = own_s[k] - other_s[k], t = own_t[k] - other_t[k];
     student += s * s;
     teacher += t * t;
   }
@@ -50,7 +59,7 @@ __device__ __forceinline__ T measure_edge(const Vertex<T, Dense>& vertex, int64_
   const T u = T(1) / end, v = T(1) / (sqrt(warp_sum(teacher)) + g.eps);
   T loss = 0, along = 0;
   for (int64_t k = lane_index(); k < g.dims; k += 32) {
-    const T s = vertex.student(other, k), x = s * u - vertex.teacher(other, k) * v, h = huber_slope(x, g.delta);
+    const T s = own_s[k] - other_s[k], x = s * u - (own_t[k] - other_t[k]) * v, h = huber_slope(x, g.delta);
     loss += huber(x, h);
     along += h * s;
   }
@@ -70,6 +79,8 @@ __device__ __forceinline__ T measure_edge(const Vertex<T, Dense>& vertex, int64_
 template <class T, bool Dense>
 __device__ __forceinline__ void add_steps(const Vertex<T, Dense>& vertex, int count, bool begin, EdgeList<T>& list) {
   const Graph<T>& g = vertex.g;
+  const auto own_s = vertex.student(vertex.index);
+  const auto own_t = vertex.teacher(vertex.index);
   T* grad = g.grad + vertex.index * g.grad_ld;
   const T scale = Dense ? g.packed.coefficient_scale / g.status->scale[0] : T(1);  // of the products' gradients
   const int width = g.dims < kThreads ? static_cast<int>(ceil_div(g.dims, 32)) * 32 : kThreads;
@@ -80,7 +91,8 @@ __device__ __forceinline__ void add_steps(const Vertex<T, Dense>& vertex, int co
     if (k < g.dims && group < groups)
 #pragma unroll 4
       for (int e = group; e < count; e += groups) {
-        const T s = vertex.student(list.other[e], k), t = vertex.teacher(list.other[e], k);
+        const int64_t other = vertex.first_other + list.other[e];
+        const T s = own_s[k] - vertex.student(other)[k], t = own_t[k] - vertex.teacher(other)[k];
         sum += huber_slope(s * list.u[e] - t * list.v[e], g.delta) * list.step[e] - s * list.radial[e];
       }
     if (groups > 1) {

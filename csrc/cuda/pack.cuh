@@ -2,10 +2,7 @@
 // teacher's size, with what an edge needs to know of its two ends. See edge.h.
 #pragma once
 
-#include "block.cuh"
-#include "problem.h"
-
-#include <cuda_fp16.h>
+#include "prepare.cuh"
 
 namespace vrm {
 namespace cuda {
@@ -28,7 +25,7 @@ template <class T> __device__ __forceinline__ void store(const Operand& x, int64
 template <class T> int64_t sums_blocks(const Graph<T>& g) { return ceil_div(g.dims, kTile) * g.packed.chunks; }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ Problem<T> p, int which) {
+__global__ void __launch_bounds__(kThreads, 4) sums_kernel(const __grid_constant__ Problem<T> p, int which) {
   const Graph<T>& g = p.graph[which];
   const int64_t chunk = blockIdx.x % g.packed.chunks, k = blockIdx.x / g.packed.chunks * kTile + lane_index();
   const int64_t begin = g.vertices * chunk / g.packed.chunks, end = g.vertices * (chunk + 1) / g.packed.chunks;
@@ -37,8 +34,8 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
   if (k < g.dims)
 #pragma unroll 4
     for (int64_t v = begin + warp_index(); v < end; v += kWarps) {
-      sum[0] += g.student[v * g.dims + k];
-      sum[1] += g.teacher[v * g.dims + k];
+      sum[0] += student_of(g, v)[k];
+      sum[1] += teacher_of(g, v)[k];
     }
   room[thread_index()] = sum[0];
   room[kThreads + thread_index()] = sum[1];
@@ -69,14 +66,14 @@ __global__ void __launch_bounds__(kThreads) means_kernel(const __grid_constant__
   for (int side = 0; side < 2; ++side) {
     double spread = 0;
     if (k < g.dims) {
-      const T* x = side == 0 ? g.student : g.teacher;
       T sum = 0;
       for (int64_t chunk = 0; chunk < g.packed.chunks; ++chunk) sum += g.packed.sums[(chunk * 2 + side) * g.dims + k];
       sum /= static_cast<T>(g.vertices);
       const T mean = sum - sum == T(0) ? sum : T(0);  // the sum of huge finite logits may overflow
       g.packed.mean[side * g.dims + k] = mean;
       for (int64_t v = 0; v < g.vertices; v += spread_step(g)) {
-        const double far = static_cast<double>(x[v * g.dims + k]) - static_cast<double>(mean);
+        const T x = side == 0 ? student_of(g, v)[k] : teacher_of(g, v)[k];
+        const double far = static_cast<double>(x) - static_cast<double>(mean);
         spread += far * far;
       }
     }
@@ -115,8 +112,9 @@ template <class T> __device__ __forceinline__ Scales<T> find_scales(const Graph<
 template <class T> struct Centred {
   T student, teacher, residual;
 
+  __device__ __forceinline__ Centred() : student(0), teacher(0), residual(0) {}
   __device__ __forceinline__ Centred(const Graph<T>& g, const Scales<T>& scale, int64_t vertex, int64_t k) {
-    const T s = scale.student * g.student[vertex * g.dims + k], t = scale.teacher * g.teacher[vertex * g.dims + k];
+    const T s = scale.student * student_of(g, vertex)[k], t = scale.teacher * teacher_of(g, vertex)[k];
     const T mean_s = scale.student * g.packed.mean[k], mean_t = scale.teacher * g.packed.mean[g.dims + k];
     student = s - mean_s, teacher = t - mean_t, residual = (s - t) - (mean_s - mean_t);
   }
@@ -139,7 +137,8 @@ template <class T> __device__ __forceinline__ T pack_component(const Packed<T>& 
   return fits ? high + load<T>(x, at + 2 * to.ld) : kNotANumber<T>;
 }
 
-// A vertex a warp.
+// A vertex a warp, so that the warps of a block share the sectors of neighbouring columns.
+constexpr int kAhead = 4;
 template <class T> int64_t pack_blocks(const Graph<T>& g) { return ceil_div(g.vertices, kWarps); }
 
 template <class T>
@@ -151,23 +150,27 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   if (blockIdx.x == 0 && thread_index() == 0) g.status->scale[0] = scale.student, g.status->scale[1] = scale.teacher;
   if (v >= g.vertices) return;  // a whole warp
   T square_s = 0, square_t = 0, square_w = 0, reach_s = 0, reach_t = 0;
-  for (int64_t k = lane_index(); k < to.ld; k += 32) {
-    if (k >= g.dims) {
-      pack_component(to, to.x_s, v, k, T(0), static_cast<T>(k == g.dims));
-      pack_component(to, to.x_t, v, k, T(0), T(0));
-      pack_component(to, to.x_w, v, k, T(0), static_cast<T>(k == g.dims + 1));
-      continue;
+  for (int64_t first = lane_index(); first < to.ld; first += kAhead * 32) {
+    Centred<T> own[kAhead];  // loads before stores, which they could not pass
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r)
+      if (first + r * 32 < g.dims) own[r] = Centred<T>(g, scale, v, first + r * 32);
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) {
+      const int64_t k = first + r * 32;
+      if (k >= to.ld) break;
+      const T one_s = static_cast<T>(k == g.dims), one_w = static_cast<T>(k == g.dims + 1);  // behind the dimensions
+      // Norms of what the products see, so that the distances are those of the rounded vectors.
+      const T x = pack_component(to, to.x_s, v, k, own[r].student, own[r].student + one_s);
+      const T y = pack_component(to, to.x_t, v, k, own[r].teacher, own[r].teacher);
+      const T w = pack_component(to, to.x_w, v, k, own[r].residual, own[r].residual + one_w);
+      if (k >= g.dims) break;
+      square_s += x * x;
+      square_t += y * y;
+      square_w += w * w;
+      reach_s = fabs(x) > reach_s ? fabs(x) : reach_s;
+      reach_t = fabs(y) > reach_t ? fabs(y) : reach_t;
     }
-    const Centred<T> own(g, scale, v, k);
-    // Norms of what the products see, so that the distances are those of the rounded vectors.
-    const T x = pack_component(to, to.x_s, v, k, own.student, own.student);
-    const T y = pack_component(to, to.x_t, v, k, own.teacher, own.teacher);
-    const T w = pack_component(to, to.x_w, v, k, own.residual, own.residual);
-    square_s += x * x;
-    square_t += y * y;
-    square_w += w * w;
-    reach_s = fabs(x) > reach_s ? fabs(x) : reach_s;
-    reach_t = fabs(y) > reach_t ? fabs(y) : reach_t;
   }
   square_s = warp_sum(square_s);
   square_t = warp_sum(square_t);
@@ -197,12 +200,13 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
   const bool row = v < g.rows;
   if (!row) v -= g.rows;
   const Operand& to = row ? g.packed.probs : g.packed.surprisals;
-  const int64_t classes = p.batch.classes, stride = g.by_class ? classes : 1;
-  const int64_t first = g.by_class ? v / classes * (classes * g.depth) + v % classes : v * g.depth;
-  const T* from = (row ? g.probs : g.surprisals) + first;
+  const int64_t vertex = row ? v : g.first_b + v;
+  const int view = vertex >= g.split;
   for (int64_t k = lane_index(); k < g.depth; k += 32) {
-    const int64_t at = v * 3 * g.depth + k;
-    const T x = from[k * stride] * (row ? kProbsScale : kSurprisalsScale);
+    const int64_t at = v * 3 * g.depth + k, own = vertex - view * g.split;
+    const T prob = p.batch.samples == 0 ? element<T>(p.vectors.probs[!row], v, k)
+                                        : probability(p.batch, view, which == 0 ? own : k, which == 0 ? k : own);
+    const T x = row ? prob * kProbsScale : -log(prob + static_cast<T>(kEntropyEps)) * kSurprisalsScale;
     store(to, at, x);
     const T low = x - load<T>(to, at);
     store(to, at + g.depth, row ? x : low);

@@ -1,31 +1,10 @@
 // Stage 1: the inputs in the dtype and the order that the other stages read, softmax and surprisals, cross-entropies.
 #pragma once
 
-#include "block.cuh"
-#include "problem.h"
+#include "inputs.cuh"
 
 namespace vrm {
 namespace cuda {
-
-__device__ __forceinline__ float half_to_float(uint16_t half) {
-  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
-  const uint32_t sign = static_cast<uint32_t>(half >> 15) << 31;
-  if (magnitude >= 0x7c00u << 13) return __uint_as_float(sign | magnitude | 0x7f800000u);  // infinity, not a number
-  const float x = __uint_as_float(magnitude) * 5.192296858534828e33f;  // 2^112: exponents of float are biased by it
-  return sign != 0 ? -x : x;
-}
-
-template <class T> __device__ __forceinline__ T element(const Input& x, int64_t row, int64_t column) {
-  const int64_t at = row * x.row_stride + column * x.column_stride;
-  switch (x.dtype) {
-    case Dtype::float64: return static_cast<T>(static_cast<const double*>(x.data)[at]);
-    case Dtype::float32: return static_cast<T>(static_cast<const float*>(x.data)[at]);
-    case Dtype::bfloat16:
-      return static_cast<T>(__uint_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(x.data)[at]) << 16));
-    case Dtype::float16: return static_cast<T>(half_to_float(static_cast<const uint16_t*>(x.data)[at]));
-  }
-  return T(0);
-}
 
 // What a row's cross-entropy compares with: weighted, smoothed; 0 where its label is ignored.
 template <class T> struct Target {
@@ -50,36 +29,38 @@ template <class T> struct Target {
 // A row of a view, by a warp.
 template <class T> __device__ __forceinline__ void prepare_sample(const Batch<T>& b, int view, int64_t row) {
   const int64_t all = view * b.samples + row, first = all * b.classes;
-  T top = element<T>(b.student[view], row, 0), poison = 0;
+  const Vector<T> student{b.student[view], row}, teacher{b.teacher[view], row};
+  T peak = student[0], poison = 0;
   for (int64_t c = lane_index(); c < b.classes; c += 32) {
-    const T s = element<T>(b.student[view], row, c), t = element<T>(b.teacher[view], row, c);
-    b.student_rows[first + c] = s;
-    b.teacher_rows[first + c] = t;
+    const T s = student[c], t = teacher[c];
+    if (b.student_rows != nullptr) b.student_rows[first + c] = s, b.teacher_rows[first + c] = t;
     poison += poison_of(s) + poison_of(t);
-    top = s > top ? s : top;
+    peak = s > peak ? s : peak;
   }
-  if (b.probs != nullptr) {
-    const T* x = b.student_rows + first;
-    top = warp_max(top);
+  if (b.peaks != nullptr) {
+    peak = warp_max(peak);
     T sum = 0;
-    for (int64_t c = lane_index(); c < b.classes; c += 32) sum += exp(x[c] - top);
+    for (int64_t c = lane_index(); c < b.classes; c += 32) sum += exp(student[c] - peak);
     sum = warp_sum(sum);
     const Target<T> target(b, row);
     if (b.cross_entropy[view] && !target.exists()) poison = kNotANumber<T>;
     const T log_sum = log(sum);
     T loss = 0, targets = 0;
     for (int64_t c = lane_index(); c < b.classes; c += 32) {
-      const T p = exp(x[c] - top) / sum;
-      b.probs[first + c] = p;
-      if (b.surprisals != nullptr) b.surprisals[first + c] = -log(p + static_cast<T>(kEntropyEps));
+      if (b.probs != nullptr) {
+        const T p = exp(student[c] - peak) / sum;
+        b.probs[first + c] = p;
+        b.surprisals[first + c] = -log(p + static_cast<T>(kEntropyEps));
+      }
       if (!b.cross_entropy[view]) continue;
       const T wanted = target(c);
       targets += wanted;
-      if (wanted != T(0)) loss -= wanted * (x[c] - top - log_sum);
+      if (wanted != T(0)) loss -= wanted * (student[c] - peak - log_sum);
     }
     loss = warp_sum(loss);
     targets = warp_sum(targets);
     if (lane_index() == 0) {
+      b.peaks[all] = peak, b.sums[all] = sum;
       b.ce_losses[all] = static_cast<double>(loss);
       b.ce_targets[all] = targets;
       b.ce_weights[all] = b.cross_entropy[view] ? target.weight() : T(0);
@@ -87,6 +68,13 @@ template <class T> __device__ __forceinline__ void prepare_sample(const Batch<T>
   }
   poison = warp_sum(poison);
   if (lane_index() == 0) b.poison[all] = poison;
+}
+
+// The softmax of what prepare has summed up.
+template <class T>
+__device__ __forceinline__ T probability(const Batch<T>& b, int view, int64_t row, int64_t c) {
+  const int64_t all = view * b.samples + row;
+  return exp(element<T>(b.student[view], row, c) - b.peaks[all]) / b.sums[all];
 }
 
 // The same by classes: rows first ... first + kWarps of a view, which this block has written.
@@ -105,13 +93,13 @@ template <class T> __device__ __forceinline__ void prepare_vertex(const Vectors<
   T poison = 0;
   for (int64_t k = lane_index(); k < x.dims; k += 32) {
     const T s = element<T>(x.student[side], v, k), t = element<T>(x.teacher[side], v, k);
-    x.students[side][v * x.dims + k] = s;
-    x.teachers[side][v * x.dims + k] = t;
+    if (x.students[side] != nullptr) x.students[side][v * x.dims + k] = s, x.teachers[side][v * x.dims + k] = t;
     poison += poison_of(s) + poison_of(t);
   }
   for (int64_t k = lane_index(); k < x.depth; k += 32) {
     const T p = element<T>(x.probs[side], v, k);
-    x.factors[side][v * x.depth + k] = side == 0 ? p : -log(p + static_cast<T>(kEntropyEps));
+    if (x.factors[side] != nullptr)
+      x.factors[side][v * x.depth + k] = side == 0 ? p : -log(p + static_cast<T>(kEntropyEps));
     poison += p - p;
   }
   poison = warp_sum(poison);
@@ -124,7 +112,7 @@ template <class T> int64_t prepare_blocks(const Problem<T>& p) {
   return 1 + ceil_div(p.vectors.count[0], kWarps) + ceil_div(p.vectors.count[1], kWarps);
 }
 
-template <class T> __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ Problem<T> p) {
+template <class T> __global__ void __launch_bounds__(kThreads, 2) prepare_kernel(const __grid_constant__ Problem<T> p) {
   if (blockIdx.x == 0) {
     for (int k = 0; k < p.graphs; ++k) {
       Status<T>& status = *p.graph[k].status;

@@ -70,9 +70,12 @@ template <class T> struct Packed {
 template <class T> struct Graph {
   int64_t rows, columns, dims, depth;  // M, N, D, K
   int64_t vertices, first_b;           // V
-  const T *student, *teacher;          // [V, D]
-  const T *probs, *surprisals;         // P [M, K], -log(P' + 1e-7) [N, K]
-  bool by_class;                       // those are [views, K, C] instead, where the form dense splits them
+  // The dense form reads the caller's matrices, the first `split` vertices the rows of one, the others of the second;
+  // the literal form copies of them, [V, D].
+  Input student_views[2], teacher_views[2];
+  int64_t split;
+  const T *student, *teacher;
+  const T *probs, *surprisals;         // P [M, K], -log(P' + 1e-7) [N, K]; null where float16 operands have them
   bool exclude_self;                   // the edges (i, i) do not exist
   bool keep_all, need_grad;
   int64_t edges;   // how many are ranked,
@@ -116,9 +119,11 @@ template <class T> struct Batch {
   const T* class_weight;         // [C], or null
   int64_t ignore_index;
   T label_smoothing;
-  // Working memory: both views one below the other, by samples [2 B, C] and by classes [2 C, B].
+  // Working memory: both views one below the other, by samples [2 B, C] and by classes [2 C, B]; null where nothing
+  // needs them: see plan_batch.
   T *student_rows, *teacher_rows, *student_columns, *teacher_columns;
-  T *probs, *surprisals, *probs_columns, *surprisals_columns;  // null where nothing needs them: see plan_batch
+  T *probs, *surprisals, *probs_columns, *surprisals_columns;
+  T *peaks, *sums;  // [2 B]: a row's softmax is exp(x - peak) / sum
   // [2 B]: a row's cross-entropy, its weight in the mean's divisor, the sum of its target, and 0 or NaN.
   double* ce_losses;
   T *ce_weights, *ce_targets, *poison;
@@ -128,7 +133,7 @@ template <class T> struct Batch {
 template <class T> struct Vectors {
   int64_t count[2], dims, depth;  // M and N, D, K; depth 0: every edge is kept
   Input student[2], teacher[2], probs[2];
-  // Working memory: [count, D], and P or -log(P' + 1e-7) [count, K]; 0 or NaN of each vertex.
+  // Working memory: [count, D], and P or -log(P' + 1e-7) [count, K], null as above; 0 or NaN of each vertex.
   T *students[2], *teachers[2], *factors[2], *poison[2];  // b's vectors follow a's
 };
 
