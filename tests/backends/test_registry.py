@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vrm_kernels import backends
-from vrm_kernels.backends import cpp, device_record, triton
+from vrm_kernels.backends import cpp, device_record, registry, triton
 
 COMPILERS = ("c++", "g++", "clang++")
 
@@ -60,23 +60,28 @@ def test_auto_without_the_extension_is_torch(monkeypatch):
     assert "no" in next(line for line in backends.describe().splitlines() if line.startswith("cpp")).split()
 
 
-def test_auto_on_each_gpu_takes_what_that_one_can_run(monkeypatch):
-    """Two devices: `cuda` was built for the second alone; Triton compiles for both, and where it is missing there is
-    torch."""
+def test_auto_on_each_gpu_takes_what_that_one_can_run_and_a_device_found_right(monkeypatch):
+    """Two devices: `cuda` was built for the second alone; Triton compiles for both, and is offered by name."""
     usable = {"cuda": {1}, "triton": {0, 1}}
 
     def on(name):
-        return lambda device=None: (device.index in usable[name], "")
+        return lambda device=None: (device.index in usable[name], "not built for it")
 
     for name in usable:
         monkeypatch.setitem(backends.REGISTRY, name, dataclasses.replace(backends.REGISTRY[name], status=on(name)))
-    assert [backends.resolve("auto", torch.device("cuda", k)) for k in range(2)] == ["triton", "cuda"]
+    registry._warn.cache_clear()
+    with pytest.warns(UserWarning, match="not built for it; 'triton' can, and has to be asked for by name: wrong for"):
+        assert [backends.resolve("auto", torch.device("cuda", k)) for k in range(2)] == ["torch", "cuda"]
     with pytest.raises(RuntimeError, match="'cuda' cannot run here"):
         backends.resolve("cuda", torch.device("cuda", 0))
-    usable["triton"] = set()
-    assert backends.resolve("auto", torch.device("cuda", 0)) == "torch"
+    assert backends.resolve("triton", torch.device("cuda", 0)) == "triton"
     for kind in ("mps", "xpu", "meta"):
         assert backends.resolve("auto", torch.device(kind)) == "torch"
+
+
+def test_auto_takes_on_a_gpu_what_a_device_found_right():
+    found = {entry["backend"]: entry["result"] for entry in device_record.read()}
+    assert [found[name] for name in backends.AUTO["cuda"] if name != "torch"] == ["right"]
 
 
 def test_statuses_are_of_the_device_that_is_asked_for(monkeypatch):

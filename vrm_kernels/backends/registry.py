@@ -15,9 +15,9 @@ from vrm_kernels.backends import cpp, cuda, device_record, triton
 from vrm_kernels.backends.contract import Backend
 from vrm_kernels.backends.status import Status, constant
 
-# "auto" takes the first of these that is usable on the tensors' device, and `torch` on devices of any other type. A
-# rule by size, once measurements ask for one, belongs here.
-AUTO = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
+# "auto" takes the first of these that is usable on the tensors' device, and `torch` on devices of any other type. On a
+# GPU these are what a device has found right (device_record.json): `triton` belongs before `torch` once one has.
+AUTO = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "torch")}
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,11 @@ def _first_usable(device: torch.device) -> str:
             break
         missing[name] = note
     if name == "torch" and missing:
-        _warn(device.type, "; ".join(f"{other!r} cannot run here: {note}" for other, note in missing.items()))
+        why = [f"{other!r} cannot run here: {note}" for other, note in missing.items()]
+        for other, entry in REGISTRY.items():
+            if device.type in entry.devices and other not in missing and entry.status(device)[0]:
+                why.append(f"{other!r} can, and has to be asked for by name: {device_record.note(other)}")
+        _warn(device.type, "; ".join(why))
     return name
 
 
