@@ -16,7 +16,7 @@ BEGIN, END = "<!-- stages:begin -->", "<!-- stages:end -->"
 # Measured on one H100 80GB HBM3: a large copy, large products in bfloat16, float32 multiply-adds.
 BYTES, MATRIX, FLOAT = 3.05e12, 773e12, 52e12
 LAUNCH, TRIP = 1.5e-6, 0.6e-6  # of a kernel in a replayed graph; a dependent load from memory
-PERCENTILE = 30.0
+PERCENTILE, TILE = 30.0, 2048
 SIZES = (
     ((64, 100), "f32"),
     ((256, 100), "f32"),
@@ -24,10 +24,29 @@ SIZES = (
     ((1024, 1000), "f32"),
     ((1024, 1000), "bf16"),
     ((4096, 1000), "f32"),
+    ((4096, 1000), "f32 high"),
     ((4096, 1000), "bf16"),
     ((65536, 1000), "bf16"),
     ((1024, 21841), "bf16"),
 )
+
+
+class Products(NamedTuple):
+    """Of a graph's own size: for the entropies, the edges, and the gradient. Those of sums of two terms are three.
+    tests/backends/cuda/test_host.py counts what the CUDA backend multiplies."""
+
+    entropy: int
+    edges: int
+    gradient: int
+
+
+PRODUCTS = {
+    "f32": Products(1, 3, 4),
+    "f32 high": Products(3, 9, 12),
+    "f32 medium": Products(3, 3, 4),
+    "f16": Products(3, 9, 4),
+    "bf16": Products(3, 3, 4),
+}
 
 
 class Stage(NamedTuple):
@@ -48,17 +67,18 @@ class Stage(NamedTuple):
 def stages(batch: int, classes: int, dtype: str) -> Iterator[Stage]:
     logits, edges, share = batch * classes, batch**2 + classes**2, PERCENTILE / 100
     unit = 2.0 * logits * (batch + classes)  # operations of one product of both graphs
-    read = 4 if dtype == "f32" else 2
+    read, operand = 4 if "f32" in dtype else 2, 4 if dtype == "f32" else 2  # bytes of a logit, of an operand's term
+    products = PRODUCTS[dtype]
+    coefficient = operand * (2 if products.gradient > 4 else 1)
     graphs = [(batch, batch, classes), (classes, classes, batch)]
     literal = forms.form(graphs, PERCENTILE) == "literal"
     levels = max(forms.levels(m * n) for m, n, _ in graphs)
     copied = (8 + 4) * 4 if literal else (4 + 4) * read  # vertices of both graphs; probabilities, surprisals
     yield Stage("prepare", 1, 4, logits * (4 * read + copied + 2 * 4), 30.0 * 4 * logits)
-    products = 1 if dtype == "f32" else 3  # sums of two, since the entropy ranks
     if literal or dtype == "f32":
         yield Stage("entropy", 1, 2, 4.0 * edges, unit)
     else:
-        yield Stage("entropy", 1, 2, 4.0 * edges, 0.0, products * unit)
+        yield Stage("entropy", 1, 2, 4.0 * edges, 0.0, products.entropy * unit)
     # A block of 1024 threads reads what is left about ten times, at two operations a thread and microsecond.
     left = min(edges, forms.SELECT_EDGES)
     yield Stage("select", 2 * levels + 1, 14 * (levels + 1), 4.0 * edges, 10.0 * left * 132)
@@ -66,14 +86,16 @@ def stages(batch: int, classes: int, dtype: str) -> Iterator[Stage]:
         # Two visits of a kept component; FLOAT counts a multiply-add, one instruction, twice.
         yield Stage("literal", 1, 5, 0.0, 2 * share * unit * forms.LITERAL_VISIT)
     else:
-        operand = 4 if dtype == "f32" else 2
-        yield Stage("pack", 1, 3, logits * (4 * read + 2 * 6 * operand))
-        dense = 3 * unit
+        parts = 4 if products.edges > 3 else 1  # of a packed vector
+        yield Stage("pack", 1, 3, logits * (4 * read + 2 * 6 * operand * parts))
+        dense = products.edges * unit
         arithmetic = (dense, 0.0) if dtype == "f32" else (30.0 * edges, dense)
-        yield Stage("dense", 1, 3, edges * (4 + 2 * operand + 1 / 8), *arithmetic)
-        yield Stage("literal", 1, 3, edges / 8 * 2)
-        arithmetic = (4 * unit, 0.0) if dtype == "f32" else (0.0, 4 * unit)
-        yield Stage("gradients", 2, 3, edges * 4 * operand + 4.0 * 8 * logits, *arithmetic)
+        yield Stage("dense", 1, 3, edges * (4 + 2 * coefficient + 1 / 8), *arithmetic)
+        tiles = sum((-(-count // TILE)) ** 2 for count in (batch, classes))
+        yield Stage("literal", tiles, 3)  # where all edges are certified
+        gradient = products.gradient * unit
+        arithmetic = (gradient, 0.0) if dtype == "f32" else (0.0, gradient)
+        yield Stage("gradients", 2, 3, edges * 4 * coefficient + 4.0 * 8 * logits, *arithmetic)
     yield Stage("finish", 1, 2, logits * 4 * 4 * 2)
 
 

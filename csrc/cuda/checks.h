@@ -114,10 +114,10 @@ inline void check_tile_edge(int64_t tile_edge) {
   STD_TORCH_CHECK(tile_edge > 0, "the edge of a tile must be positive, not ", tile_edge);
 }
 
-inline void check_half_terms(int64_t half_terms, ScalarType computed, bool dense) {
-  const int64_t most = dense && computed != ScalarType::Double ? 2 : 0;
-  STD_TORCH_CHECK(half_terms >= 0 && half_terms <= most, "operands of the form ", dense ? "dense" : "literal", " in ",
-                  torch::headeronly::toString(computed), " are sums of 0 to ", most, " float16 numbers, not ", half_terms);
+inline void check_half_level(int64_t half_level, ScalarType computed, bool dense) {
+  const int64_t most = dense && computed != ScalarType::Double ? 3 : 0;
+  STD_TORCH_CHECK(half_level >= 0 && half_level <= most, "operands of the form ", dense ? "dense" : "literal", " in ",
+                  torch::headeronly::toString(computed), " have a level of float16 from 0 to ", most, ", not ", half_level);
 }
 
 inline void check_two(const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights) {

@@ -17,10 +17,11 @@ template <class T> int64_t dense_blocks(const Tile<T>& tile) {
   return ceil_div(dense_tasks(tile.rows, tile.columns), kWarps);
 }
 
-// Whether float16 holds the coefficients of an edge. It does not where an end is a hundred times as far from the mean
-// as others, or edges are as much shorter.
-template <class T> __device__ __forceinline__ bool fits_half(T beta, T gamma) {
-  return beta >= kHalfSmallest && beta <= kHalfLargest && fabs(gamma) <= kHalfLargest;
+// Whether float16 holds the coefficients of an edge, to all digits of one term or of two. It does not where an end is a
+// hundred times, or thirty, as far from the mean as others, or edges are as much shorter.
+template <class T> __device__ __forceinline__ bool fits_half(const Packed<T>& packed, T beta, T gamma) {
+  const T least = packed.coefficient_terms == 2 ? 2048 * kHalfSmallest : kHalfSmallest;
+  return beta >= least && beta <= kHalfLargest && fabs(gamma) <= kHalfLargest;
 }
 
 template <class T> __global__ void __launch_bounds__(kThreads, 2)
@@ -60,7 +61,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
         const auto terms = quadratic_edge(input, rule, SquareRoot());
         beta = terms.beta * packed.coefficient_scale;
         gamma = terms.gamma * packed.coefficient_scale;
-        literal = g.dims < kLiteralDims || terms.literal || (half && !fits_half(beta, gamma));
+        literal = g.dims < kLiteralDims || terms.literal || (half && !fits_half(packed, beta, gamma));
         ++kept;
         if (literal)
           beta = gamma = 0;
@@ -70,6 +71,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
       if (g.need_grad) {
         store(tile.gamma, at, gamma);
         store(tile.beta, at, beta);
+        if (packed.coefficient_terms == 2) {
+          store(tile.gamma, plane + at, gamma - load<T>(tile.gamma, at));
+          store(tile.beta, plane + at, beta - load<T>(tile.beta, at));
+        }
       }
     }
     const unsigned marks = __ballot_sync(kFullWarp, literal);
@@ -85,18 +90,22 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
   packed.losses[(tile.row + i0) / kTile * ceil_div(g.columns, kTile) + column / kTile] = total;
 }
 
-// The gradients of a tile, edge.h's gamma x_s - beta x_w from the two products [count, width], added to those of the
-// tiles before.
+// The gradients of a tile, edge.h's gamma x_s - beta x_w from the products [count, width] of gamma, then as many of
+// beta, added to those of the tiles before.
 constexpr int64_t kAddOfBlock = 4 * kThreads;
 inline int64_t add_blocks(int64_t count, int64_t width) { return count * ceil_div(width, kAddOfBlock); }
 
 template <class T> __global__ void __launch_bounds__(kThreads)
-    add_kernel(T* grad, int64_t ld, const T* products, int64_t count, int64_t width) {
+    add_kernel(T* grad, int64_t ld, const T* products, int of_each, int64_t count, int64_t width) {
   const int64_t wide = ceil_div(width, kAddOfBlock), v = blockIdx.x / wide, first = blockIdx.x % wide * kAddOfBlock;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
     const int64_t k = first + r * kThreads + thread_index();
-    if (k < width) grad[v * ld + k] += products[v * width + k] - products[(count + v) * width + k];
+    if (k >= width) continue;
+    T sum = 0;
+    for (int q = 0; q < of_each; ++q)
+      sum += products[(q * count + v) * width + k] - products[((of_each + q) * count + v) * width + k];
+    grad[v * ld + k] += sum;
   }
 }
 

@@ -25,7 +25,7 @@ template <class T> void plan_batch(Carver& carver, Problem<T>& p, const Settings
     for (T** array : arrays) *array = carver.take<T>(count);
   };
   if (!settings.dense) take({&b.student_rows, &b.teacher_rows, &b.student_columns, &b.teacher_columns}, size);
-  if (pruned && settings.half_terms == 0)
+  if (pruned && settings.half_level == kNoHalf)
     take({&b.probs, &b.surprisals, &b.probs_columns, &b.surprisals_columns}, size);
   if (pruned || b.cross_entropy[0] || b.cross_entropy[1]) take({&b.peaks, &b.sums}, 2 * b.samples);
   b.ce_losses = carver.take<double>(2 * b.samples);
@@ -63,8 +63,9 @@ template <class T> void plan_vectors(Carver& carver, Problem<T>& p, const Settin
     const int64_t first = side == 0 ? 0 : g.first_b;
     g.student_views[side] = x.student[side], g.teacher_views[side] = x.teacher[side];
     if (!settings.dense) x.students[side] = student + first * g.dims, x.teachers[side] = teacher + first * g.dims;
-    if (!g.keep_all && settings.half_terms == 0) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
+    if (!g.keep_all && settings.half_level == kNoHalf) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
     x.poison[side] = carver.take<T>(x.count[side]);
+    x.largest[side] = carver.take<T>(x.count[side]);
     p.output[side].rows = x.count[side], p.output[side].columns = x.dims, p.output[side].by_row = first;
   }
   g.student = student, g.teacher = teacher;

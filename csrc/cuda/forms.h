@@ -11,10 +11,17 @@ namespace cuda {
 // Why the current device cannot run the kernels: they may not be compiled for it. Null: it can.
 const char* refusal();
 
+// The operands of the dense form's products: T; float16, sums of two for the entropies; sums of two for the edges as
+// well; and for the gradient.
+enum HalfLevel : int64_t { kNoHalf,
+                           kHalf,
+                           kHalfSumsOfEdges,
+                           kHalfSums };
+
 // What a call may decide beside its problem.
 struct Settings {
   bool dense;
-  int64_t half_terms;            // of the dense form: operands are float16, and those of edges sums of 1 or 2; 0: T
+  int64_t half_level;            // of the dense form's operands: see HalfLevel
   int64_t tile_edge;             // vertices of a side of a tile of the dense form
   int64_t stored_entropy_bytes;  // of a graph: entropies are stored up to this size, and computed again beyond it
   int64_t one_block_edges;       // of the literal form: more edges than these are ranked by all blocks

@@ -73,6 +73,7 @@ template <class T> void multiply(const Product<T>& p, const Tensor& like) {
   const Tensor a = tensor_of<T>(p.a, p.m, p.depth, like);
   const Tensor b = torch::stable::transpose(tensor_of<T>(p.b, p.n, p.depth, like), 0, 1);
 #if defined(VRM_CUDA_SHIM)  // the CPU has no product of mixed types
+  shim::note_product(p.m * p.n * p.depth);
   aten("aten::mm", "out", emulated_operand<T>(a), emulated_operand<T>(b), out);
   for (int64_t i = 0; i < p.m; ++i) shim::note_written(p.out + i * p.ld, p.n * sizeof(T));
 #else
@@ -138,7 +139,7 @@ Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const
 
 Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                         const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank, double lerp_weight,
-                        double delta, double eps, bool exclude_self, bool need_grad, bool dense, int64_t half_terms,
+                        double delta, double eps, bool exclude_self, bool need_grad, bool dense, int64_t half_level,
                         int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
   check_graph(a, b, teacher_a, teacher_b, probs_a, probs_b, exclude_self);
   check_settings(delta, eps);
@@ -146,11 +147,11 @@ Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_
   const Tensor student[2] = {a, b}, teacher[2] = {teacher_a, teacher_b};
   const OptionalTensor probs[2] = {probs_a, probs_b};
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
-  check_half_terms(half_terms, type, dense);
+  check_half_level(half_level, type, dense);
   const auto compute = type == ScalarType::Double ? relation_loss<double> : relation_loss<float>;
   return compute(student, teacher, probs,
                  {rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
-                 {dense, half_terms, tile_edge, stored_entropy_bytes, one_block_edges});
+                 {dense, half_level, tile_edge, stored_entropy_bytes, one_block_edges});
 }
 
 // ---- the loss of a batch -------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
                    const Tensor& teacher_virtual, const OptionalTensor& labels, const OptionalTensor& class_weight,
                    double alpha, double beta, bool ce_real, bool ce_virtual, const std::vector<int64_t>& ranks,
                    const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps, bool complete,
-                   double label_smoothing, int64_t ignore_index, bool need_grad, bool dense, int64_t half_terms,
+                   double label_smoothing, int64_t ignore_index, bool need_grad, bool dense, int64_t half_level,
                    int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
   check_views(student_real, student_virtual, teacher_real, teacher_virtual);
   check_settings(delta, eps);
@@ -228,7 +229,7 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
   check_two(ranks, lerp_weights);
   const Tensor student[2] = {student_real, student_virtual}, teacher[2] = {teacher_real, teacher_virtual};
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
-  check_half_terms(half_terms, type, dense);
+  check_half_level(half_level, type, dense);
   CrossEntropies ce{{}, {}, {ce_real, ce_virtual}, label_smoothing, ignore_index};
   if (ce_real || ce_virtual) {
     STD_TORCH_CHECK(labels.has_value(), "a cross-entropy needs labels");
@@ -244,7 +245,7 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
   };
   const auto compute = type == ScalarType::Double ? vrm_loss<double> : vrm_loss<float>;
   return compute(student, teacher, ce, complete, {graph(0), graph(1)},
-                 {dense, half_terms, tile_edge, stored_entropy_bytes, one_block_edges});
+                 {dense, half_level, tile_edge, stored_entropy_bytes, one_block_edges});
 }
 
 std::string cuda_refusal() {
@@ -261,13 +262,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def(
       "cuda_relation_loss(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
       "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, "
-      "int half_terms, int tile_edge, int stored_entropy_bytes, int one_block_edges) "
+      "int half_level, int tile_edge, int stored_entropy_bytes, int one_block_edges) "
       "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
   m.def(
       "cuda_vrm_loss(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
       "Tensor? labels, Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, int[] ranks, "
       "float[] lerp_weights, bool keep_all, float delta, float eps, bool complete, float label_smoothing, "
-      "int ignore_index, bool need_grad, bool dense, int half_terms, int tile_edge, int stored_entropy_bytes, "
+      "int ignore_index, bool need_grad, bool dense, int half_level, int tile_edge, int stored_entropy_bytes, "
       "int one_block_edges) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
 }
 

@@ -186,17 +186,29 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
 }
 
 // The factors of the entropy as sums of two float16, side by side: [high, high, low] times [high, low, high]. A vertex
-// a warp, those of the rows first. Probabilities up to 1 and surprisals up to 16 are scaled to the upper end of
-// float16's range, so that the second terms keep their digits: all entropies are then 2^24 times as large, and so is
-// the threshold.
-constexpr float kProbsScale = 16384.0f, kSurprisalsScale = 1024.0f;
-template <class T> int64_t split_blocks(const Graph<T>& g) { return ceil_div(g.rows + g.columns, kWarps); }
+// a warp, those of the rows first. Both are scaled to the upper end of float16's range, so that the second terms keep
+// their digits: all entropies are then as many times as large, and so is the threshold. No surprisal of a float32 is
+// beyond 89; what the caller gives for probabilities may be of any size.
+constexpr float kSurprisalsScale = 512.0f;
+constexpr int64_t kSplitBlocks = 1024;  // each looks at all vertices that a caller gives
+template <class T> int64_t split_blocks(const Graph<T>& g) {
+  const int64_t blocks = ceil_div(g.rows + g.columns, kWarps);
+  return blocks < kSplitBlocks ? blocks : kSplitBlocks;
+}
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ Problem<T> p, int which) {
+// By a warp, the result in every lane.
+template <class T> __device__ __forceinline__ T find_probs_scale(const Problem<T>& p) {
+  T largest = p.batch.samples > 0 ? T(1) : T(0);
+  for (int64_t v = lane_index(); v < p.vectors.count[0]; v += 32)
+    largest = p.vectors.largest[0][v] > largest ? p.vectors.largest[0][v] : largest;
+  int exponent = 0;
+  frexp(warp_max(largest), &exponent);
+  return ldexp(T(1), 15 - exponent);
+}
+
+template <class T> __device__ __forceinline__ void split_vertex(const Problem<T>& p, int which, int64_t v,
+                                                                T probs_scale) {
   const Graph<T>& g = p.graph[which];
-  int64_t v = blockIdx.x * int64_t{kWarps} + warp_index();
-  if (v >= g.rows + g.columns) return;
   const bool row = v < g.rows;
   if (!row) v -= g.rows;
   const Operand& to = row ? g.packed.probs : g.packed.surprisals;
@@ -206,12 +218,20 @@ __global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__
     const int64_t at = v * 3 * g.depth + k, own = vertex - view * g.split;
     const T prob = p.batch.samples == 0 ? element<T>(p.vectors.probs[!row], v, k)
                                         : probability(p.batch, view, which == 0 ? own : k, which == 0 ? k : own);
-    const T x = row ? prob * kProbsScale : -log(prob + static_cast<T>(kEntropyEps)) * kSurprisalsScale;
+    const T x = row ? prob * probs_scale : -log(prob + static_cast<T>(kEntropyEps)) * kSurprisalsScale;
     store(to, at, x);
     const T low = x - load<T>(to, at);
     store(to, at + g.depth, row ? x : low);
     store(to, at + 2 * g.depth, row ? low : x);
   }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) split_kernel(const __grid_constant__ Problem<T> p, int which) {
+  const Graph<T>& g = p.graph[which];
+  const T probs_scale = find_probs_scale(p);
+  for (int64_t v = blockIdx.x * int64_t{kWarps} + warp_index(); v < g.rows + g.columns; v += gridDim.x * kWarps)
+    split_vertex(p, which, v, probs_scale);
 }
 
 }  // namespace cuda

@@ -90,7 +90,7 @@ __device__ __forceinline__ void transpose(const Batch<T>& b, int view, int64_t f
 
 // A vertex of one side, by a warp.
 template <class T> __device__ __forceinline__ void prepare_vertex(const Vectors<T>& x, int side, int64_t v) {
-  T poison = 0;
+  T poison = 0, largest = 0;
   for (int64_t k = lane_index(); k < x.dims; k += 32) {
     const T s = element<T>(x.student[side], v, k), t = element<T>(x.teacher[side], v, k);
     if (x.students[side] != nullptr) x.students[side][v * x.dims + k] = s, x.teachers[side][v * x.dims + k] = t;
@@ -101,9 +101,11 @@ template <class T> __device__ __forceinline__ void prepare_vertex(const Vectors<
     if (x.factors[side] != nullptr)
       x.factors[side][v * x.depth + k] = side == 0 ? p : -log(p + static_cast<T>(kEntropyEps));
     poison += p - p;
+    largest = fabs(p) > largest ? fabs(p) : largest;
   }
   poison = warp_sum(poison);
-  if (lane_index() == 0) x.poison[side][v] = poison;
+  largest = warp_max(largest);
+  if (lane_index() == 0) x.poison[side][v] = poison, x.largest[side][v] = largest;
 }
 
 // A block for the state of the graphs, then one for kWarps rows.

@@ -41,7 +41,8 @@ struct Operand {
 };
 
 // The length that float16 operands give a typical vertex. Components are then far from both ends of float16's range,
-// and so are coefficients of typical edges, which are inverse squares of lengths, times its square.
+// and so are coefficients of typical edges, which are inverse squares of lengths, times its square. Sums of two take
+// them 2^8 times as large, so that the second terms keep their digits.
 constexpr int kHalfLength = 256;
 
 // What the dense form knows of the vertices, packed for products. Rows have `ld` elements: the dimensions, then two
@@ -50,10 +51,11 @@ template <class T> struct Packed {
   int64_t ld;
   // [V, parts, ld]: centred and scaled; x_w: the residual. One part, or four where operands are sums of two: [high,
   // high, low, high], of which one side of an edge takes the first three, the other the last three. The gradient takes
-  // the first.
+  // the first, and the third beside coefficients of two terms.
   Operand x_s, x_t, x_w;
   int64_t parts;
-  T coefficient_scale;    // of the coefficients as operands
+  int64_t coefficient_terms;  // float16 numbers that a coefficient is the sum of
+  T coefficient_scale;        // of the coefficients as operands
   T *square_s, *square_t, *square_w, *reach_s, *reach_t;  // [V]: see EdgeInput
   Operand probs, surprisals;  // of the entropy: the graph's own, or [V, 3 K] of two float16 terms
   int64_t entropy_depth;
@@ -104,7 +106,7 @@ template <class T> struct Tile {
   int64_t entropy_ld;
   T* dots;  // three planes of rows x ld: dot products of the operands
   uint32_t *row_bits, *column_bits;  // [rows, words of columns] and the other way: kept edges that are not certified
-  Operand gamma, beta;  // coefficients, 0 on edges that are pruned or not certified
+  Operand gamma, beta;  // coefficients, 0 on edges that are pruned or not certified; a plane for each of their terms
   T* products;          // of a coefficient each with the vectors
 };
 
@@ -133,8 +135,9 @@ template <class T> struct Batch {
 template <class T> struct Vectors {
   int64_t count[2], dims, depth;  // M and N, D, K; depth 0: every edge is kept
   Input student[2], teacher[2], probs[2];
-  // Working memory: [count, D], and P or -log(P' + 1e-7) [count, K], null as above; 0 or NaN of each vertex.
-  T *students[2], *teachers[2], *factors[2], *poison[2];  // b's vectors follow a's
+  // Working memory: [count, D], and P or -log(P' + 1e-7) [count, K], null as above; of each vertex 0 or NaN, and its
+  // largest probability.
+  T *students[2], *teachers[2], *factors[2], *poison[2], *largest[2];  // b's vectors follow a's
 };
 
 // What finish needs of the batch: written by select.

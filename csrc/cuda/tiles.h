@@ -8,6 +8,7 @@
 #include "literal.cuh"
 
 #include <algorithm>
+#include <utility>
 
 namespace vrm {
 namespace cuda {
@@ -23,7 +24,9 @@ inline Operand take_operand(Carver& carver, int64_t count, bool half, size_t byt
 // What outlives the graph's turn: what the literal stage and the end need.
 template <class T> void plan_dense(Carver& carver, Graph<T>& g, const Settings& settings) {
   Packed<T>& packed = g.packed;
-  packed.coefficient_scale = static_cast<T>(settings.half_terms > 0 ? kHalfLength * kHalfLength : 1);
+  packed.coefficient_terms = settings.half_level == kHalfSums ? 2 : 1;
+  packed.coefficient_scale = static_cast<T>(settings.half_level > kNoHalf ? kHalfLength * kHalfLength : 1);
+  if (packed.coefficient_terms == 2) packed.coefficient_scale *= 256;
   packed.ld = ceil_div(g.dims + 2, 8) * 8;
   packed.mean = carver.take<T>(2 * g.dims);
   packed.losses = carver.take<double>(dense_tasks(g.rows, g.columns));
@@ -78,13 +81,16 @@ template <class T> class TiledGraph {
   }
 
  private:
+  // Of a coefficient with the vectors of a side.
+  static int gradient_products(const Graph<T>& g) { return g.packed.coefficient_terms == 2 ? 3 : 1; }
+
   static bool stores(const Graph<T>& g, const Settings& settings) {
     return g.rows * g.columns * static_cast<int64_t>(sizeof(T)) <= settings.stored_entropy_bytes;
   }
 
   static void carve(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
     Packed<T>& packed = g.packed;
-    const bool half = settings.half_terms > 0;
+    const bool half = settings.half_level > kNoHalf;
     const int64_t edge = ceil_div(settings.tile_edge, kTile) * kTile;
     tile = Tile<T>{};
     tile.rows = std::min(g.rows, edge), tile.columns = std::min(g.columns, edge);
@@ -98,7 +104,7 @@ template <class T> class TiledGraph {
       if (half) packed.probs = take_operand(carver, g.rows * packed.entropy_depth, true, sizeof(T));
       if (half) packed.surprisals = take_operand(carver, g.columns * packed.entropy_depth, true, sizeof(T));
     }
-    packed.parts = settings.half_terms == 2 ? 4 : 1;
+    packed.parts = settings.half_level >= kHalfSumsOfEdges ? 4 : 1;
     for (Operand* x : {&packed.x_s, &packed.x_t, &packed.x_w})
       *x = take_operand(carver, g.vertices * packed.parts * packed.ld, half, sizeof(T));
     for (T** array : {&packed.square_s, &packed.square_t, &packed.square_w, &packed.reach_s, &packed.reach_t})
@@ -110,9 +116,9 @@ template <class T> class TiledGraph {
     tile.row_bits = carver.take<uint32_t>(tile.rows * ceil_div(tile.columns, 32));
     tile.column_bits = carver.take<uint32_t>(tile.columns * ceil_div(tile.rows, 32));
     if (!g.need_grad) return;
-    tile.gamma = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
-    tile.beta = take_operand(carver, tile.rows * tile.ld, half, sizeof(T));
-    tile.products = carver.take<T>(2 * std::max(tile.rows, tile.columns) * std::min(packed.ld, kProductWidth));
+    for (Operand* x : {&tile.gamma, &tile.beta})
+      *x = take_operand(carver, packed.coefficient_terms * tile.rows * tile.ld, half, sizeof(T));
+    tile.products = carver.take<T>(2 * gradient_products(g) * std::max(tile.rows, tile.columns) * std::min(packed.ld, kProductWidth));
   }
 
   void select() {
@@ -172,16 +178,17 @@ template <class T> class TiledGraph {
       const int64_t count = by_row ? tile.rows : tile.columns, edges = by_row ? tile.columns : tile.rows;
       for (int64_t k = 0; k < ld; k += kProductWidth) {
         const int64_t width = std::min(kProductWidth, ld - k);
-        const auto product = [&](T* out, const Operand& coefficients, const Operand& x) {
-          const Factor c = from(coefficients, 0, tile.ld);
-          Factor vectors = transposed(from(x, other, g_.packed.parts * ld));
-          vectors.first += k;
-          multiply_({out, width, by_row ? c : transposed(c), vectors, count, width, edges});
-        };
-        product(tile.products, tile.gamma, g_.packed.x_s);
-        product(tile.products + count * width, tile.beta, g_.packed.x_w);
-        launch(add_kernel<T>, {add_blocks(count, width)}, stream_, g_.grad + own * ld + k, ld, tile.products, count,
-               width);
+        T* out = tile.products;
+        for (const auto& [coefficients, x] : {std::pair(tile.gamma, g_.packed.x_s), std::pair(tile.beta, g_.packed.x_w)})
+          for (int product = 0; product < gradient_products(g_); ++product, out += count * width) {
+            const int term = product == 2, part = product == 1 ? 2 : 0;  // high high, high low, low high
+            const Factor c = from(coefficients, term * tile.rows, tile.ld);
+            Factor vectors = transposed(from(x, other, g_.packed.parts * ld));
+            vectors.first += part * ld + k;
+            multiply_({out, width, by_row ? c : transposed(c), vectors, count, width, edges});
+          }
+        launch(add_kernel<T>, {add_blocks(count, width)}, stream_, g_.grad + own * ld + k, ld, tile.products,
+               gradient_products(g_), count, width);
       }
     }
   }

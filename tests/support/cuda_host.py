@@ -113,7 +113,8 @@ def load() -> ctypes.CDLL:
     finally:
         del sys.modules["vrm_kernels._cuda"]
     library = ctypes.CDLL(str(path))
-    library.cuda_shim_launches.restype = library.cuda_shim_kernels.restype = ctypes.c_int64
+    for count in (library.cuda_shim_launches, library.cuda_shim_kernels, library.cuda_shim_multiply_adds):
+        count.restype = ctypes.c_int64
     library.cuda_shim_set_order.argtypes = [ctypes.c_uint64]
     library.cuda_shim_workspace.restype = ctypes.c_int64
     library.cuda_shim_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 4]

@@ -57,16 +57,17 @@ def _staged(vectors: Sequence[Tensor], graphs: Sequence[tuple[int, int, int]], p
         return None
     form = forms.form(graphs, percentile) if TUNING.form == "staged" else TUNING.form
     dense = form == "dense"
-    return dense, _float16_terms(vectors) if dense else 0, *TUNING[1:]
+    return dense, _float16_level(vectors) if dense else 0, *TUNING[1:]
 
 
-def _float16_terms(vectors: Sequence[Tensor]) -> int:
-    """How many float16 numbers an operand of the edges' products is the sum of; 0: it is what is computed in."""
+def _float16_level(vectors: Sequence[Tensor]) -> int:
+    """What operands of products are, csrc/cuda/forms.h: 0: as computed; 1: float16, sums of two for the entropies;
+    2: sums of two for the edges as well; 3: and for the gradient."""
     dtypes = {x.dtype for x in vectors}
     if torch.float64 in dtypes:
         return 0
     if torch.float32 in dtypes:
-        return 1 if float32_products() == "medium" else 0
+        return {"highest": 0, "high": 3, "medium": 1}[float32_products()]
     return 1 if dtypes == {torch.bfloat16} and vectors[0].numel() >= AVERAGING_COMPONENTS else 2
 
 

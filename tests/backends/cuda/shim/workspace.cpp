@@ -2,12 +2,12 @@
 
 #include "../../../../csrc/cuda/forms.h"
 
-extern "C" int64_t cuda_shim_workspace(int64_t samples, int64_t classes, int dense, int64_t half_terms,
+extern "C" int64_t cuda_shim_workspace(int64_t samples, int64_t classes, int dense, int64_t half_level,
                                        int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
   vrm::cuda::Problem<float> problem{};
   problem.graphs = 2;
   problem.batch.samples = samples, problem.batch.classes = classes;
   for (auto& graph : problem.graph) graph.need_grad = true;
   for (bool& wanted : problem.batch.cross_entropy) wanted = true;
-  return vrm::cuda::plan(problem, {dense != 0, half_terms, tile_edge, stored_entropy_bytes, one_block_edges}, nullptr);
+  return vrm::cuda::plan(problem, {dense != 0, half_level, tile_edge, stored_entropy_bytes, one_block_edges}, nullptr);
 }

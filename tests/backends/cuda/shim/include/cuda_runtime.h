@@ -51,6 +51,7 @@ char* shared_memory();
 bool device_is_known();
 bool takes_tf32();
 void note_atomic(const void* address, int bytes);
+void note_product(int64_t multiply_adds);
 
 // The kernels may touch these bytes until forget_buffers(), which throws if part of an output was not written.
 // Accesses are told apart by words of `granule` bytes.
