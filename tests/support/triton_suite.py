@@ -28,6 +28,7 @@ from helpers import (
 
 import vrm_kernels
 from vrm_kernels import backends
+from vrm_kernels.backends.contract import GraphSettings, Sides
 from vrm_kernels.backends.triton.staged import dense_launches, launches
 from vrm_kernels.graph import forms
 from vrm_kernels.graph.constants import RELATION_EPS
@@ -152,10 +153,16 @@ def check_against_torch(name: str, shape: tuple[int, int], dtype: torch.dtype, d
 
 
 def choose(monkeypatch, form: str) -> None:
-    """One form of the staged kernels at every size; the dense one in several blocks of rows."""
+    """One form at every size; the dense one in several products, `blocks` with entropies that are computed again."""
     monkeypatch.setattr(forms, "LITERAL_INSTRUCTIONS", 2**60 if form == "literal" else 0)
+    monkeypatch.setattr(forms, "STORED_EDGES", 16 if form == "blocks" else 2**26)
+    launches.layout.cache_clear()
     monkeypatch.setattr(dense_launches, "PRODUCT_BYTES", 0)
     monkeypatch.setattr(dense_launches, "PRODUCT_ROWS", 8)
+
+
+# Also with entropies that are computed again, by blocks of rows.
+BLOCKS_TOO = pytest.mark.parametrize("form", ["literal", "dense", "blocks"], indirect=True)
 
 
 class StagedForms:
@@ -174,7 +181,7 @@ class StagedForms:
         real = dense_launches.edges
         monkeypatch.setattr(dense_launches, "edges", lambda *args: ran.append(1) or real(*args))
         yield request.param
-        assert bool(ran) == (request.param == "dense")
+        assert bool(ran) == (request.param != "literal")
 
     def check(self, case: Case, dtype=torch.float32, floors=FLOOR) -> None:
         """Both graphs in one call, weighted so that neither hides the other."""
@@ -183,16 +190,19 @@ class StagedForms:
         result = on_cpu(evaluate(self.name, logits, alpha=2.0, beta=1.0, **settings_of(case)))
         assert_close(result, oracle, eager, floors[dtype], uncancelled)
 
+    @BLOCKS_TOO
     def test_shapes(self, form):
         for shape, relations in ((shape, relations) for shape in self.shapes for relations in MODES):
             self.check(Case(shape, relations=relations, seed=20))
 
+    @BLOCKS_TOO
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_dtypes(self, form, dtype):
-        floors = FLOOR | {torch.bfloat16: 5e-4} if form == "dense" else FLOOR  # of gradients that are rounded to 2^-9
+        floors = FLOOR | {torch.bfloat16: 5e-4} if form != "literal" else FLOOR  # of gradients that are rounded to 2^-9
         shape = self.float64_shape if dtype == torch.float64 else self.shape
         self.check(Case(shape, seed=500), dtype, floors)
 
+    @BLOCKS_TOO
     @pytest.mark.parametrize(
         ("kind", "percentile"),
         [("opposite", 30.0), ("collapsed", 100.0), ("duplicated_across", 100.0), ("duplicated_within", 29.5)],
@@ -229,6 +239,47 @@ class StagedForms:
         found = [relative_error(x, y) for x, y in zip(result.grads, oracle.grads, strict=True)]
         assert max(found) < floor and relative_error(result.loss, oracle.loss) < floor
         assert level == "highest" or min(found) > 1e-8  # another way of multiplying ran
+
+
+class StagedBlocks:
+    """Entropies that are not stored: thresholds and kept edges where the bracket holds the rank, misses it, or leaves
+    more than there is room for."""
+
+    name = "triton-staged"
+    device = "cuda"
+
+    @pytest.mark.parametrize("exclude_self", [False, True])
+    @pytest.mark.parametrize(("plan", "missed"), [("held", 0), ("missed", 1), ("overflowed", 1), ("equal", 0)])
+    def test_any_order_of_entropies(self, monkeypatch, plan, missed, exclude_self):
+        """One-hot probabilities give each edge the entropy that is planned, exact in any order of summation."""
+        choose(monkeypatch, "blocks")
+        monkeypatch.setattr(forms, "sample", lambda edges: 64)
+        m, n, generator = 20, 20 if exclude_self else 18, torch.Generator().manual_seed(0)
+        entropies = 1 + torch.rand(m * n, generator=generator)
+        if plan == "missed":  # what is sampled is larger than all others
+            entropies[torch.arange(64) * 2654435761 % (m * n)] += 5
+        if plan == "overflowed":
+            monkeypatch.setattr(forms, "room", lambda edges: 16)
+        if plan == "equal":
+            entropies.fill_(1.5)
+        probs = torch.eye(m), (-entropies.view(m, n).t()).exp().contiguous() - 1e-7
+        a, b, ta, tb = (torch.randn(k, 7, generator=generator) for k in (m, n, m, n))
+        sides = Sides(a, a, ta, ta) if exclude_self else Sides(a, b, ta, tb)
+        seen = []
+        real = dense_launches.edges
+        monkeypatch.setattr(dense_launches, "edges", lambda *args: seen.append(args[0].arrays) or real(*args))
+        settings = GraphSettings(75.0, 1.0, RELATION_EPS, exclude_self)
+        found = (
+            backends.REGISTRY[self.name]
+            .load()
+            .relation_graph(
+                Sides(*(x.to(self.device) for x in sides)), tuple(x.to(self.device) for x in probs), settings, True
+            )
+        )
+        expected = backends.REGISTRY["torch"].load().relation_graph(sides, probs, settings, True)
+        assert int(seen[0].missed[0]) == missed and int(found.kept) == int(expected.kept)
+        for x, wanted in zip(found[:3], expected[:3], strict=True):
+            assert relative_error(x.cpu(), wanted) < 1e-5
 
 
 class StagedThresholds:

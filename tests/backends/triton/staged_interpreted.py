@@ -23,12 +23,20 @@ from helpers import (
     relative_error,
 )
 from share_checks import check_group_of_one, check_shares, group_of_one
-from triton_suite import OnAnyDevice, StagedForms, StagedThresholds, check_against_torch, choose
+from triton_suite import (
+    BLOCKS_TOO,
+    OnAnyDevice,
+    StagedBlocks,
+    StagedForms,
+    StagedThresholds,
+    check_against_torch,
+    choose,
+)
 
 from benchmarks.gpu import sanitize, warm
 from vrm_kernels import backends
 from vrm_kernels.backends.contract import GraphSettings, Sides, Views
-from vrm_kernels.backends.triton.staged import backend, dense_launches, launches
+from vrm_kernels.backends.triton.staged import dense_launches, launches
 from vrm_kernels.graph import forms
 
 NAME = "triton-staged"
@@ -70,6 +78,7 @@ class TestForms(StagedForms):
                 Case((9, 17), kind=f"converged:{noise}", percentile=100.0), torch.float64, NEAR_CONVERGENCE_FLOOR
             )
 
+    @BLOCKS_TOO
     @pytest.mark.parametrize("percentile", [0.0, 99.5, 100.0])
     def test_percentiles(self, form, percentile):
         for relations, shape in modes((17, 5)):
@@ -160,12 +169,14 @@ class TestForms(StagedForms):
             unknown = labels.clamp(min=0).index_fill(0, torch.tensor([2]), SHAPE[1])
             assert BACKEND.vrm_loss(views, unknown, None, SETTINGS, True).loss.isnan()
 
+    @BLOCKS_TOO
     def test_evaluation_gives_the_same_loss(self, form):
         views = Views(*make_logits(Case((18, 9), kind="opposite"), torch.float32, 0))
         labels = make_labels(18, 9)
         with_grad, without = (BACKEND.vrm_loss(views, labels, None, SETTINGS, need) for need in (True, False))
         assert torch.equal(with_grad.loss, without.loss) and without.grad_real.numel() == 0
 
+    @BLOCKS_TOO
     def test_one_element_anywhere_poisons_loss_and_gradient(self, form):
         logits = make_logits(Case((5, 3)), torch.float32, seed=0)
         for tensor, value in zip(range(4), (torch.nan, torch.inf, -torch.inf, torch.nan), strict=True):
@@ -174,6 +185,7 @@ class TestForms(StagedForms):
             result = evaluate(NAME, bad, unreliable_pruning_percentile=0.0)
             assert result.loss.isnan() and all(grad.isnan().all() for grad in result.grads) and result.kept == (0, 0)
 
+    @BLOCKS_TOO
     @pytest.mark.parametrize("exclude_self", [False, True])
     @pytest.mark.parametrize("percentile", [30.0, 100.0])
     def test_shares_add_up_to_the_whole_graph(self, form, percentile, exclude_self):
@@ -198,6 +210,10 @@ class TestOnAnyDevice(OnAnyDevice):
         return request.param
 
 
+class TestBlocks(StagedBlocks):
+    device = "cpu"
+
+
 class TestThresholds(StagedThresholds):
     device = "cpu"
 
@@ -218,9 +234,3 @@ def test_what_compiles_the_variants_and_what_watches_them_take_each_form(monkeyp
     monkeypatch.setattr(forms, "LITERAL_INSTRUCTIONS", 1)
     dict(sanitize.paths(NAME, own=False))[form]()
     assert (forms.form([(5, 5, 3)], 30.0) == form) and dict(sanitize.paths(NAME, own=True)).keys() == {"literal"}
-
-
-def test_what_no_form_can_do_goes_to_the_present_kernels(monkeypatch):
-    monkeypatch.setattr(backend, "MOST_EDGES", 8)
-    monkeypatch.setattr(launches, "prepare", None)  # is not called
-    compare(NAME, inputs(Case((5, 3)), torch.float32), FLOOR[torch.float32])

@@ -85,7 +85,7 @@ def run(tmp_path, program: str, triton: str = "installed", **values) -> list[lis
 
 def assert_complete(names) -> None:
     kernels = {*"prepare pack split entropy histogram count finish edges gradients total epilogue combine".split()}  # noqa: SIM905
-    staged = "prepare entropy bracket count exact moments pack dense gradients literal finish".split()  # noqa: SIM905
+    staged = "prepare entropy sample missed bracket count exact moments pack dense gradients literal finish".split()  # noqa: SIM905
     assert set(names) == kernels | {f"staged {name}" for name in staged}
 
 

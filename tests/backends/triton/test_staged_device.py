@@ -5,7 +5,7 @@ import torch
 from device import kernels_of
 from helpers import Case, evaluate
 from share_checks import check_group_on_a_gpu, check_shares_on_a_gpu
-from triton_suite import OnAnyDevice, StagedForms, StagedThresholds, check_against_torch, choose
+from triton_suite import OnAnyDevice, StagedBlocks, StagedForms, StagedThresholds, check_against_torch, choose
 
 from benchmarks.gpu.warm import FLOAT64, LARGE, RAGGED, SMALL
 
@@ -38,6 +38,10 @@ class TestOnAGpu(OnAnyDevice):
         names = kernels_of(lambda: evaluate(self.name, logits))
         other = STAGES["dense"] - STAGES["literal"] if kind == "literal" else {"entropy_kernel"}
         assert STAGES[kind] <= names and not names & (PRESENT | other), names
+
+
+class TestBlocks(StagedBlocks):
+    pass
 
 
 class TestThresholds(StagedThresholds):

@@ -21,21 +21,23 @@ SIZES = ("rows_a", "rows_b", "classes")
 class Arrays(NamedTuple):
     """``V`` vertices of ``W`` padded components, of each graph; ``R`` rows of logits in the longer view, padded."""
 
-    vertices: Tensor  # [2, V, W]: student, teacher
-    probs: Tensor  # [V, W], of side a on
-    surprisals: Tensor  # [V, W]: -log(P + 1e-7), of side b on
+    vertices: Tensor  # [2, V, W]: student, teacher, in the logits' dtype
+    probs: Tensor  # [m, W], of side a
+    surprisals: Tensor  # [n, W]: -log(P + 1e-7), of side b
     finite: Tensor  # [4, R] int32: whether a row of logits is finite
     cross_entropy: Tensor  # [2, 2, R]: of each row of a view its cross-entropy, and what it counts in the mean
-    entropies: Tensor  # [m, n]; of the edge of a vertex with itself NaN
+    entropies: Tensor  # [m, n], or a block of rows; of the edge of a vertex with itself NaN
     brackets: Tensor  # [levels, 2, 8] int64, see select.py
-    collected: Tensor  # what lies in the brackets, and the samples
+    samples: Tensor  # of each graph's bracket
+    collected: Tensor  # what lies in the brackets
     thresholds: Tensor  # [2]
     kept: Tensor  # [2] int64
-    lists: Tensor  # [V, capacity] int32: the vertices at the other end of a vertex' edges
-    losses: Tensor  # [V]
-    flags: Tensor  # [tiles down, tiles across] int32, in the dense form: whether a tile has edges for the literal stage
+    missed: Tensor  # [2] int32: whether a bracket missed the rank, where not all entropies are stored
+    lists: Tensor  # [2 m n] int32: the vertices at the other end of a vertex' edges; of a block of rows of edges
+    losses: Tensor  # [V], of side a
+    flags: Tensor  # [tiles down, tiles across] int32, of a block in the dense form: whether a tile has literal edges
     tile_losses: Tensor  # of the same tiles
-    partial: Tensor  # [V, W]: the graph's gradient, weighted
+    partial: Tensor  # [V, W]: the graph's gradient, weighted; where probabilities and surprisals were
     summary: Tensor  # [4]: cross-entropies of both views, 1 / their divisor, NaN if anything was not finite, else 0
     grads: Tensor  # [rows_a + rows_b, C]: of the cross-entropies' sums, then of the loss
     loss: Tensor  # []

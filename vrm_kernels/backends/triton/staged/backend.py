@@ -27,11 +27,10 @@ from vrm_kernels.backends.triton.staged.prepare import Targets
 from vrm_kernels.graph import forms
 
 NO_TARGETS = Targets(None, None)
-MOST_EDGES = 2**28  # whose entropies are stored
 
 
 class StagedBackend(TritonBackend):
-    """Either form. What is too large for both, see :func:`_form`, is left to the present kernels."""
+    """Either form."""
 
     def vrm_loss(
         self,
@@ -42,9 +41,7 @@ class StagedBackend(TritonBackend):
         need_grad: bool,
     ) -> LossResult:
         sizes = graph_sizes(views, settings.complete)
-        form = _form(sizes, settings.percentile)
-        if form is None:
-            return super().vrm_loss(views, labels, class_weight, settings, need_grad)
+        form = forms.form(sizes, settings.percentile)
         alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, *_ = settings
         problem = Problem(
             views, None, sizes, (alpha, beta), percentile, delta, eps, complete, complete, need_grad, form
@@ -64,9 +61,7 @@ class StagedBackend(TritonBackend):
         if probs is None or percentile >= 100:
             probs, percentile = None, 100.0
         sizes = ((m, n, dims),)
-        form = _form(sizes, percentile)
-        if form is None:
-            return super().relation_graph(sides, probs, settings, need_grad)
+        form = forms.form(sizes, percentile)
         problem = Problem(sides, probs, sizes, (1.0, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form)
         with on_device(sides.a.device):
             arrays = _run(problem, NO_TARGETS, None)
@@ -83,9 +78,7 @@ class StagedBackend(TritonBackend):
         (m, dims), n = sides.a.shape, len(sides.b)
         threshold, kept, edges, weight, delta, eps, exclude_self = settings
         sizes, percentile = ((m, n, dims),), 100.0 if entropy is None else 0.0
-        form = _form(sizes, 100.0)  # how many of its edges are kept is not known
-        if form is None:
-            return super().relation_share(sides, probs, entropy, settings, grads)
+        form = forms.form(sizes, 100.0)  # how many of its edges are kept is not known
         need_grad = bool(grads)
         problem = Problem(
             sides, None, sizes, (weight, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form, edges
@@ -98,27 +91,22 @@ class StagedBackend(TritonBackend):
         return arrays.terms[2]
 
 
-def _form(sizes: Sequence[tuple[int, int, int]], percentile: float) -> forms.Form | None:
-    """None for what the present kernels alone can do: entropies that do not fit."""
-    if max(m * n for m, n, _ in sizes) > MOST_EDGES:
-        return None
-    return forms.form(sizes, percentile)
-
-
 def _run(problem: Problem, targets: Targets, settings: LossSettings | None, given: Given | None = None) -> Arrays:
     """All stages; ``settings`` are those of the cross-entropies. With a ``given`` selection edges are not ranked."""
     call = launches.lay_out(problem, given)
-    dense, precision = problem.form == "dense", dense_launches.precision_of(call.logits, call.dtype)
+    ranked = problem.percentile < 100 and given is None
     launches.prepare(call, targets, settings)
-    if problem.percentile < 100 and given is None:
-        if dense:
-            dense_launches.entropy(call, precision)
-        else:
+    if problem.form == "dense":
+        precision = dense_launches.precision_of(call.logits, call.dtype)
+        graphs = dense_launches.entropies(call, precision, given.entropy if given else None)
+        if ranked:
+            dense_launches.select(call, graphs)
+        dense_launches.edges(call, precision, targets, graphs)
+    else:
+        if ranked:
             launches.entropy(call)
-        launches.select(call)
-    if dense:
-        dense_launches.edges(call, precision)
-    launches.literal(call, targets)
+            launches.select(call)
+        launches.literal(call, targets)
     launches.finish(call, targets, settings)
     return call.arrays
 

@@ -11,7 +11,7 @@ from vrm_kernels.backends.triton.edge import COUNT_EPS, certified_tile, is_finit
 from vrm_kernels.backends.triton.operands import store_coefficient, store_operand
 from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, sizes_of
 
-DENSE_SIZES = ("packed_width", "first_row", "block_rows", "edges", "own_base", "owns", "other_tiles", "jobs")
+DENSE_SIZES = ("packed_width", "first_row", "block_rows", "row", "room", "edges", "own_base", "owns", "other_tiles")
 
 
 @triton.jit(do_not_specialize=[*SIZES])
@@ -135,36 +135,37 @@ def pack_kernel(
 @triton.jit(do_not_specialize=[*SIZES, *DENSE_SIZES])
 def dense_kernel(
     arrays,
-    products,  # [3, block_rows, stride]: of student, teacher, residual
+    products,  # [3, room, stride]: of student, teacher, residual
     stats, scale,
-    coefficients,  # out [parts, 2, m, stride]: gamma, beta; zero but on certified edges
-    row_sums, column_sums,  # out [2, tiles across, m], [2, tiles down, n]: of gamma and beta
+    coefficients,  # out [parts, 2, block_rows, stride]: gamma, beta; zero but on certified edges
+    row_sums, column_sums,  # out [2, tiles across, block_rows], [2, tiles down, n]: of gamma and beta
     rows_a, rows_b, classes,
-    first_row, block_rows,  # of the graph, and room in products
-    flags, losses,  # out, of the graph's tiles: 1 where an edge is kept and not certified; the certified edges' loss
+    first_row, block_rows,  # of the block of edges
+    row, room,  # of it the first that products has, and for how many there is room
     delta, eps,  # numbers in two parts
     GRAPH: tl.constexpr, COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr,
     NEED_GRAD: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of edges. In a tile with uncertified edges those alone keep their entropy: others become NaN."""
     T: tl.constexpr = stats.dtype.element_ty
-    m_0, n_0, _, _, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
-    m, n, first_b, vertices, _ = sizes_of(GRAPH, rows_a, rows_b, classes, COMPLETE)
+    _, n, first_b, vertices, _ = sizes_of(GRAPH, rows_a, rows_b, classes, COMPLETE)
     delta, eps = number(delta, T), number(eps, T)
     across, tile_j = tl.num_programs(0), tl.program_id(0)
-    tile_i = first_row // ROWS + tl.program_id(1)
+    tile_i = row // ROWS + tl.program_id(1)
     local = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    i, j = first_row + local, tile_j * COLUMNS + tl.arange(0, COLUMNS)
-    inside = ((local < block_rows) & (i < m))[:, None] & (j < n)[None]
+    row += local
+    i, j = first_row + row, tile_j * COLUMNS + tl.arange(0, COLUMNS)
+    in_rows = (local < room) & (row < block_rows)
+    inside = in_rows[:, None] & (j < n)[None]
     stride = tl.multiple_of((n + 15) // 16 * 16, 16)
     at = wide(local)[:, None] * stride + j[None]
-    plane = wide(block_rows) * stride
+    plane = wide(room) * stride
     dot_s, dot_t = tl.load(products + at, inside, 0.0), tl.load(products + plane + at, inside, 0.0)
     dot_w = tl.load(products + 2 * plane + at, inside, 0.0)
     ranked = inside
     if EXCLUDE_SELF:
         ranked = ranked & (i[:, None] != j[None])
-    entropies = arrays.entropies + GRAPH * wide(m_0) * n_0 + wide(i)[:, None] * n + j[None]
+    entropies = arrays.entropies + wide(row)[:, None] * n + j[None]
     if KEEP_ALL:
         entropy, limit = tl.zeros([ROWS, COLUMNS], T), delta
     else:
@@ -175,20 +176,19 @@ def dense_kernel(
     )  # fmt: skip
     any_literal = tl.max(tl.max(literal.to(tl.int32), 1), 0)
     tile = tile_i * across + tile_j
-    tl.store(losses + tile, tl.sum(tl.sum(loss, 1), 0))
-    tl.store(flags + tile, any_literal)
+    tl.store(arrays.tile_losses + tile, tl.sum(tl.sum(loss, 1), 0))
+    tl.store(arrays.flags + tile, any_literal)
     if NEED_GRAD:
-        out = coefficients + wide(i)[:, None] * stride + j[None]
-        layer = wide(m) * stride
+        out = coefficients + wide(row)[:, None] * stride + j[None]
+        layer = wide(block_rows) * stride
         gamma = store_coefficient(out, gamma, 2 * layer, inside, SPLIT)
         beta = store_coefficient(out + layer, beta, 2 * layer, inside, SPLIT)
-        row = row_sums + wide(tile_j) * m + i
-        in_rows = (local < block_rows) & (i < m)
-        tl.store(row, tl.sum(gamma, 1), in_rows)
-        tl.store(row + wide(across) * m, tl.sum(beta, 1), in_rows)
+        by_row = row_sums + wide(tile_j) * block_rows + row
+        tl.store(by_row, tl.sum(gamma, 1), in_rows)
+        tl.store(by_row + wide(across) * block_rows, tl.sum(beta, 1), in_rows)
         column = column_sums + wide(tile_i) * n + j
         tl.store(column, tl.sum(gamma, 0), j < n)
-        tl.store(column + wide(tl.cdiv(m, ROWS)) * n, tl.sum(beta, 0), j < n)
+        tl.store(column + wide(tl.cdiv(block_rows, ROWS)) * n, tl.sum(beta, 0), j < n)
     if any_literal > 0:
         tl.store(entropies, tl.where(literal, entropy, float("nan")), inside)
 
@@ -207,7 +207,7 @@ def gradients_kernel(
     GRAPH: tl.constexpr, COMPLETE: tl.constexpr, KEEP_ALL: tl.constexpr, ADD: tl.constexpr, TERMS: tl.constexpr,
     PACKED_TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of the own vertices of one side, what their certified edges give them; ADD: to what the other side gave."""
+    """Of the own vertices of one side, what a block's certified edges give them; ADD: to what they were given."""
     T: tl.constexpr = sums.dtype.element_ty
     _, _, _, vertices, width = sizes_of(GRAPH, rows_a, rows_b, classes, COMPLETE)
     own, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

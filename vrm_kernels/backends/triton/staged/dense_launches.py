@@ -1,5 +1,6 @@
 """The dense form's stages from the host's side: the library's products, and the launches around them."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,12 +17,17 @@ from vrm_kernels.backends.triton.operands import (
 )
 from vrm_kernels.backends.triton.staged import launches
 from vrm_kernels.backends.triton.staged.dense import dense_kernel, gradients_kernel, moments_kernel, pack_kernel
+from vrm_kernels.backends.triton.staged.entropy import missed_kernel, sample_kernel
 from vrm_kernels.backends.triton.staged.launches import Call, blocks, padded, wider
+from vrm_kernels.backends.triton.staged.prepare import Targets
+from vrm_kernels.graph import forms, pruning, selection
 
 MOMENTS = {"BLOCK": 1024, "num_warps": 4}
 PACK = {"ROWS": 8, "BLOCK": 64, "num_warps": 8}
 SPLIT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4}
 GRADIENTS = {"ROWS": 32, "BLOCK": 64, "num_warps": 8}
+SAMPLE = {"BLOCK": 16, "DEPTH": 256, "num_warps": 4}
+MISSED, MISSED_PROGRAMS = {"BLOCK": 32, "DEPTH": 32, "num_warps": 8}, 2048
 WIDTH_MULTIPLE = 64  # of the operands' components
 # Of the products of some rows of edges, which the epilogue reads back from the second-level cache; but no fewer rows
 # than a product needs to be efficient.
@@ -53,20 +59,124 @@ def precision_of(logits: tuple[Tensor, ...], compute: torch.dtype) -> Precision:
     return Precision(torch.bfloat16, 1 if logits[0].numel() >= AVERAGING_COMPONENTS else 3, 3, 1)
 
 
-def entropy(call: Call, precision: Precision) -> None:
-    """Of all edges, by the library; the operands are copies where they are sums."""
-    first = 0
-    for k, (values, (m, n)) in enumerate(zip(_entropies(call), _shapes(call), strict=True)):
-        depth, first_b = call.layout.depths[k], 0 if call.problem.complete else m
-        rows = call.layout.vertices_of[k]
-        p, q = (x[first : first + rows * depth].view(rows, depth) for x in (call.arrays.probs, call.arrays.surprisals))
-        first += rows * depth
-        operands = [p[:m], q[first_b : first_b + n]]
+class Blocks:
+    """The entropies of a graph in blocks of rows: all at once if they are stored, else computed again when asked for,
+    by the same products, which give the same bits."""
+
+    def __init__(self, call: Call, graph: int, precision: Precision, given: Tensor | None) -> None:
+        self.call, self.graph, self.given = call, graph, given
+        self.m, self.n, _ = call.problem.sizes[graph]
+        self.rows, self.filled, self.selected = call.layout.block_rows[graph], False, False
+        begin = call.layout.entropies[graph]
+        self.room = call.arrays.entropies[begin : begin + self.rows * self.n].view(self.rows, self.n)
+        self.operands: tuple[Tensor, Tensor] | None = None
+        if call.problem.percentile >= 100 or given is not None:
+            return
+        arrays, depth = call.arrays, call.layout.depths[graph]
+        p, q = (
+            _of_graph(x, call.problem.sizes, call.layout.depths, graph, side).view(-1, depth)
+            for side, x in enumerate((arrays.probs, arrays.surprisals))
+        )
         if precision.entropy_terms > 1:
-            operands = [_split(x, role, precision) for role, x in enumerate(operands)]
-        product(operands[0], operands[1], values)
-        if call.problem.exclude_self:  # beyond every other number in order
-            values.fill_diagonal_(torch.nan)
+            p, q = _split(p, 0, precision), _split(q, 1, precision)
+        elif self.rows < self.m:  # the gradient takes the place of the others before these are read again
+            p, q = p.clone(), q.clone()
+        self.operands = p, q
+
+    @property
+    def stored(self) -> bool:
+        return self.rows == self.m
+
+    def again(self) -> tuple[Tensor, Tensor]:
+        """What entropies that are not stored are products of."""
+        assert self.operands is not None
+        return self.operands
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """``(first row, entropies)``."""
+        for first in range(0, self.m, self.rows):
+            values = self.room[: self.m - first]
+            if not self.filled:
+                self._fill(first, values)
+            self.filled = self.stored
+            yield first, values
+
+    def _fill(self, first: int, values: Tensor) -> None:
+        if self.given is not None:
+            values.copy_(self.given[first : first + len(values)])
+        elif self.operands is not None:
+            product(self.operands[0][first : first + len(values)], self.operands[1], values)
+            if self.call.problem.exclude_self:  # beyond every other number in order
+                values.diagonal(first).fill_(torch.nan)
+            if self.stored:
+                self.operands = None
+            elif self.selected:
+                self._once_more(first, values)
+
+    def _once_more(self, first: int, values: Tensor, *digits) -> None:
+        """Where the bracket missed the rank all entropies are those of ``missed_kernel``; else this does nothing."""
+        left, right = self.again()
+        left = left[first : first + len(values)]
+        arrays = self.call.arrays._replace(entropies=values)
+        prefixes, histograms, leading, shift, bits = digits or (None, None, False, 0, 0)
+        tiles = blocks(len(left), MISSED["BLOCK"]) * blocks(self.n, MISSED["BLOCK"])
+        missed_kernel[(min(tiles, MISSED_PROGRAMS),)](
+            arrays=arrays, left=left, right=right, prefixes=prefixes, histograms=histograms, m=len(left), n=self.n,
+            depth=left.shape[1], first_row=first, GRAPH=self.graph, EXCLUDE_SELF=self.call.problem.exclude_self,
+            LEADING=leading, SHIFT=shift, BITS=bits, **MISSED, **FUSED_MULTIPLY_ADD,
+        )  # fmt: skip
+
+    def select_once_more(self) -> None:
+        """Where the bracket missed the rank, the threshold and the kept count from all entropies' digits."""
+        call, self.selected = self.call, True
+        edges = call.layout.edges[self.graph]
+        rank, weight = pruning.rank(call.problem.percentile / 100, edges, call.dtype)
+
+        def count(prefixes: Tensor, shift: int, bits: int) -> Tensor:
+            leading = shift + bits == 8 * call.dtype.itemsize
+            counts = prefixes.new_zeros(1 if leading else 2, 2**bits)
+            for first in range(0, self.m, self.rows):  # the same tiles as later, and so the same bits
+                self._once_more(first, self.room[: self.m - first], prefixes, counts, leading, shift, bits)
+            return counts.expand(1, 2, -1)
+
+        ranks = torch.arange(rank, rank + 2, device=call.arrays.kept.device)[None].clamp_(max=edges - 1)
+        values, at_most = selection.order_statistics(count, ranks, call.dtype, False)
+        (low, high), (below, through) = values[0], at_most[0]
+        threshold = low.lerp(high, weight) if weight > 0 else low
+        kept = torch.where(threshold >= high, through, below)
+        own = slice(self.graph, self.graph + 1)
+        for out, found in ((call.arrays.thresholds, threshold), (call.arrays.kept, kept)):
+            out[own] = torch.where(call.arrays.missed[own] > 0, found, out[own])
+
+
+def _of_graph(x: Tensor, sizes, depths, graph: int, side: int) -> Tensor:
+    lengths = [size[side] * depth for size, depth in zip(sizes, depths, strict=True)]
+    return x[: sum(lengths)].split(lengths)[graph]
+
+
+def entropies(call: Call, precision: Precision, given: Tensor | None) -> list[Blocks]:
+    return [Blocks(call, graph, precision, given) for graph in range(len(call.problem.sizes))]
+
+
+def select(call: Call, graphs: list[Blocks]) -> None:
+    """The thresholds. What is not stored is sampled, counted as it is computed, and where that missed counted again."""
+    begin = 0
+    for blocks_of in graphs:
+        size = forms.sample(blocks_of.m * blocks_of.n)
+        if blocks_of.stored:
+            next(iter(blocks_of))
+        else:
+            left, right = blocks_of.again()
+            sample_kernel[(blocks(size, SAMPLE["BLOCK"]),)](
+                out=call.arrays.samples[begin:], left=left, right=right, sample=size, n=blocks_of.n,
+                edges=blocks_of.m * blocks_of.n, depth=left.shape[1], EXCLUDE_SELF=call.problem.exclude_self,
+                **SAMPLE, **FUSED_MULTIPLY_ADD,
+            )  # fmt: skip
+        begin += size
+    launches.select(call, lambda: ((x.graph, values.numel()) for x in graphs for _, values in x))
+    for blocks_of in graphs:
+        if not blocks_of.stored:
+            blocks_of.select_once_more()
 
 
 def _split(x: Tensor, role: int, precision: Precision) -> Tensor:
@@ -80,20 +190,16 @@ def _split(x: Tensor, role: int, precision: Precision) -> Tensor:
     return out
 
 
-def edges(call: Call, precision: Precision) -> None:
-    """Loss and gradients of the certified edges, and flags where there are others; one graph after the other."""
+def edges(call: Call, precision: Precision, targets: Targets, graphs: list[Blocks]) -> None:
+    """Loss and gradients of all edges, the certified ones from products; one graph after the other."""
     total = sum(call.layout.vertices_of)
-    graphs = len(call.layout.tiles)
-    if graphs == 2:
+    if len(graphs) == 2:
         moments = call.arrays.losses.new_empty(4, total)
         moments_kernel[(total,)](moments=moments, **call.common, **MOMENTS)
     else:
         moments = _moments_of_columns(call)
-    flags, losses = (
-        x[: sum(call.layout.tiles)].split(call.layout.tiles) for x in (call.arrays.flags, call.arrays.tile_losses)
-    )
-    for graph in range(graphs):
-        _graph(call, precision, graph, moments, flags[graph], losses[graph])
+    for blocks_of in graphs:
+        _graph(call, precision, targets, blocks_of, moments)
 
 
 def _moments_of_columns(call: Call) -> Tensor:
@@ -108,8 +214,8 @@ def _moments_of_columns(call: Call) -> Tensor:
     return moments
 
 
-def _graph(call: Call, precision: Precision, graph: int, moments: Tensor, flags: Tensor, losses: Tensor) -> None:
-    problem, new = call.problem, moments.new_empty
+def _graph(call: Call, precision: Precision, targets: Targets, blocks_of: Blocks, moments: Tensor) -> None:
+    problem, new, graph = call.problem, moments.new_empty, blocks_of.graph
     (m, n, dims), vertices = problem.sizes[graph], call.layout.vertices_of[graph]
     first_b = 0 if problem.complete else m
     width, stride = -(-dims // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, padded(n)
@@ -120,49 +226,51 @@ def _graph(call: Call, precision: Precision, graph: int, moments: Tensor, flags:
         TERMS=precision.terms, **call.common, **wider(PACK, stats.dtype),
     )  # fmt: skip
 
-    down, across = blocks(m, launches.DENSE["ROWS"]), blocks(n, launches.DENSE["COLUMNS"])
-    rows = max(PRODUCT_ROWS, PRODUCT_BYTES // (3 * stride * stats.element_size()))
-    rows = min(m, blocks(rows, launches.DENSE["ROWS"]) * launches.DENSE["ROWS"])
+    rows_at_once = max(PRODUCT_ROWS, PRODUCT_BYTES // (3 * stride * stats.element_size()))
+    rows_at_once = min(blocks_of.rows, blocks(rows_at_once, launches.DENSE["ROWS"]) * launches.DENSE["ROWS"])
+    across, down = blocks(n, launches.DENSE["COLUMNS"]), blocks(blocks_of.rows, launches.DENSE["ROWS"])
     split, grads = precision.gradient_terms == 3, problem.need_grad
-    products = new(3, rows, stride)
-    coefficients = new((2 if split else 1, 2, m, stride) if grads else 0, dtype=precision.operand)
-    row_sums, column_sums = new((2, across, m) if grads else 0), new((2, down, n) if grads else 0)
+    products = new(3, rows_at_once, stride)
+    terms = 2 if split else 1
+    coefficients = new(terms * 2 * blocks_of.rows * stride * grads, dtype=precision.operand)
+    sums = new(2 * (across * blocks_of.rows + down * n) if grads else 0)
     keep_all = problem.percentile >= 100
     a, b = packed[0, :, :m], packed[-1, :, first_b : first_b + n]
-    for first in range(0, m, rows):
-        count = min(rows, m - first)
-        product(a[:, first : first + count], b, products[:, :count, :n])
-        dense_kernel[(across, blocks(count, launches.DENSE["ROWS"]))](
-            products=products, stats=stats, scale=scale, coefficients=coefficients, row_sums=row_sums,
-            column_sums=column_sums, first_row=first, block_rows=rows, flags=flags, losses=losses,
-            delta=parts(problem.delta), eps=parts(problem.eps), GRAPH=graph, EXCLUDE_SELF=problem.exclude_self,
-            KEEP_ALL=keep_all, NEED_GRAD=grads, SPLIT=split, **call.common, **wider(launches.DENSE, stats.dtype),
-        )  # fmt: skip
-    if not grads:
-        return
     vectors = packed[0, ::2]  # student and residual: by gamma, and by beta
-    weights = coefficients[..., :n]
-    sides = (
-        (0, m, weights, vectors[:, first_b : first_b + n], row_sums, across),
-        (first_b, n, weights.mT, vectors[:, :m], column_sums, down),
-    )
-    for number, (own_base, owns, coefficient, other, sums, tiles) in enumerate(sides):
-        out = new(precision.gradient_terms, 2, owns, width)
-        coefficient_products(coefficient, other, out)
-        gradients_kernel[(blocks(owns, GRADIENTS["ROWS"]), blocks(width, GRADIENTS["BLOCK"]))](
-            products=out, sums=sums, packed=packed, scale=scale, packed_width=width, own_base=own_base, owns=owns,
-            other_tiles=tiles, edges=problem.whole_edges or call.layout.edges[graph], weight=call.weights[graph],
-            GRAPH=graph, KEEP_ALL=keep_all, ADD=number == 1 and problem.complete, TERMS=precision.gradient_terms,
-            PACKED_TERMS=precision.terms, **call.common, **GRADIENTS,
-        )  # fmt: skip
-
-
-def _shapes(call: Call) -> list[tuple[int, int]]:
-    return [(m, n) for m, n, _ in call.problem.sizes]
-
-
-def _entropies(call: Call) -> list[Tensor]:
-    shapes = _shapes(call)
-    sizes = [m * n for m, n in shapes]
-    parts_of = call.arrays.entropies[: sum(sizes)].split(sizes)
-    return [x.view(shape) for x, shape in zip(parts_of, shapes, strict=True)]
+    for first, values in blocks_of:
+        # Of the last block, which may have fewer rows, these are smaller.
+        rows, down = len(values), blocks(len(values), launches.DENSE["ROWS"])
+        common = call.common | {"arrays": call.arrays._replace(entropies=values)}
+        block = {"first_row": first, "block_rows": rows}
+        weights = coefficients[: terms * 2 * rows * stride].view(terms, 2, rows * grads, stride)
+        row_sums = sums[: 2 * across * rows].view(2, across, rows * grads)
+        column_sums = sums[2 * across * rows :][: 2 * down * n].view(2, down, n * grads)
+        for row in range(0, rows, rows_at_once):
+            count = min(rows_at_once, rows - row)
+            product(a[:, first + row : first + row + count], b, products[:, :count, :n])
+            dense_kernel[(across, blocks(count, launches.DENSE["ROWS"]))](
+                products=products, stats=stats, scale=scale, coefficients=weights, row_sums=row_sums,
+                column_sums=column_sums, row=row, room=rows_at_once, delta=parts(problem.delta),
+                eps=parts(problem.eps), GRAPH=graph, EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=keep_all,
+                NEED_GRAD=grads, SPLIT=split, **common, **block, **wider(launches.DENSE, stats.dtype),
+            )  # fmt: skip
+        if grads:
+            weights = weights[..., :n]
+            # Side b first, whose vertices have edges in every block; those of a complete graph are also of side a.
+            for own_base, owns, coefficient, other, own_sums, tiles, add in (
+                (first_b, n, weights.mT, vectors[:, first : first + rows], column_sums, down, first > 0),
+                (first, rows, weights, vectors[:, first_b : first_b + n], row_sums, across, problem.complete),
+            ):
+                out = new(precision.gradient_terms, 2, owns, width)
+                coefficient_products(coefficient, other, out)
+                gradients_kernel[(blocks(owns, GRADIENTS["ROWS"]), blocks(width, GRADIENTS["BLOCK"]))](
+                    products=out, sums=own_sums, packed=packed, scale=scale, packed_width=width, own_base=own_base,
+                    owns=owns, other_tiles=tiles, edges=problem.whole_edges or call.layout.edges[graph],
+                    weight=call.weights[graph], GRAPH=graph, KEEP_ALL=keep_all, ADD=add,
+                    TERMS=precision.gradient_terms, PACKED_TERMS=precision.terms, **common, **GRADIENTS,
+                )  # fmt: skip
+        # The first launch of all sums up as well.
+        job, jobs = 1 + sum(call.layout.vertices_of[:graph]), vertices
+        if graph == 0 and first == 0:
+            job, jobs = 0, vertices + 1
+        launches.literal(call, targets, job, jobs, arrays=common["arrays"], **block)

@@ -8,41 +8,36 @@ from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, padded
 
 
 @triton.jit
-def _mean(losses, vertices, tile_losses, tiles, kept, BLOCK: tl.constexpr, T: tl.constexpr):
+def _mean(losses, m, kept, BLOCK: tl.constexpr, T: tl.constexpr):
     total = tl.zeros([BLOCK], T)
-    for start in range(0, vertices, BLOCK):
+    for start in range(0, m, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        total += tl.load(losses + k, k < vertices, 0.0)
-    for start in range(0, tiles, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        total += tl.load(tile_losses + k, k < tiles, 0.0)
+        total += tl.load(losses + k, k < m, 0.0)
     return tl.sum(total, 0) / (kept.to(T) + COUNT_EPS)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "tiles_0", "tiles_1"])
+@triton.jit(do_not_specialize=SIZES)
 def finish_kernel(
     arrays, rows_a, rows_b, classes,
-    tiles_0, tiles_1,  # of edges, in the dense form; else 0
     weights,  # of the graphs: numbers in two parts
     COMPLETE: tl.constexpr, BOTH_GRAPHS: tl.constexpr, CE_REAL: tl.constexpr, CE_VIRTUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first program totals; the others take a BLOCK x BLOCK tile of one view's logits each."""
-    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    T: tl.constexpr = arrays.loss.dtype.element_ty
     job = tl.program_id(0) - 1
     poison = tl.load(arrays.summary + 3)
     if job < 0:
-        _, _, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
+        m_0, _, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
         loss = poison
         kept = tl.load(arrays.kept)
-        term = _mean(arrays.losses, vertices_0, arrays.tile_losses, tiles_0, kept, BLOCK * BLOCK, T)
+        term = _mean(arrays.losses, m_0, kept, BLOCK * BLOCK, T)
         tl.store(arrays.terms + 2, term + poison)
         loss += term * number(weights[0], T)
         if BOTH_GRAPHS:
-            _, _, _, vertices_1, _ = sizes_of(1, rows_a, rows_b, classes, COMPLETE)
+            m_1, _, _, _, _ = sizes_of(1, rows_a, rows_b, classes, COMPLETE)
             kept_1 = tl.load(arrays.kept + 1)
-            losses, tile_losses = arrays.losses + vertices_0, arrays.tile_losses + tiles_0
-            term = _mean(losses, vertices_1, tile_losses, tiles_1, kept_1, BLOCK * BLOCK, T)
+            term = _mean(arrays.losses + vertices_0, m_1, kept_1, BLOCK * BLOCK, T)
             tl.store(arrays.terms + 3, term + poison)
             loss += term * number(weights[1], T)
         real, virtual = tl.zeros([], T), tl.zeros([], T)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ BRACKET = {"BLOCK": 8192, "num_warps": 16}
 COUNT = {"BLOCK": 4096, "num_warps": 8}
 EXACT = {"BLOCK": 4096, "num_warps": 16}
 LITERAL = {"CHUNK": 128, "num_warps": 8}
-LITERAL_TILE = 2048  # components of a tile, in float32
+LITERAL_TILE = 4096  # components of a tile, in float32: of smaller ones ptxas spills a few words
 LITERAL_BYTES = 2**14  # of a vertex, or a part of it, in registers of one block
 DENSE = {"ROWS": 8, "COLUMNS": 128, "num_warps": 8}
 FINISH = {"BLOCK": 32, "num_warps": 4}
@@ -66,13 +66,15 @@ class Layout(NamedTuple):
     rows: int  # of a view of logits, padded
     vertices_of: tuple[int, ...]  # each graph
     edges: tuple[int, ...]  # that exist, of each graph
-    tiles: tuple[int, ...]  # of edges, of each graph, in the dense form; else 0
+    block_rows: tuple[int, ...]  # of the edges of each graph that are taken together
+    entropies: tuple[int, ...]  # where those of each graph begin
     depths: tuple[int, ...]  # of a row of probabilities, padded
+    ranking: tuple[int, int]  # elements of the probabilities, and of the surprisals
     sources: tuple[
         tuple[int, ...], ...
     ]  # of each bracket, and of what the last one left: how many may be in each graph
-    capacity: int  # of a vertex' list of edges
-    floats: dict[str, int]  # elements of the arrays of floating-point numbers, padded
+    matrix: int  # elements of the vertices of all graphs
+    floats: dict[str, int]  # elements of the arrays of floating-point numbers
     integers: dict[str, int]  # of 32 bits
 
 
@@ -82,7 +84,7 @@ class Call:
 
     problem: Problem
     layout: Layout
-    logits: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]  # of one dtype
     arrays: Arrays
     common: dict
 
@@ -103,34 +105,42 @@ def layout(
     """``depth`` is that of given probabilities; ``ranked`` says whether edges are pruned at all."""
     rows = padded(max(rows_a, rows_b))
     vertices = (rows_a + rows_b, 2 * classes)[: len(sizes)]
-    tiles = tuple(dense * blocks(m, DENSE["ROWS"]) * blocks(n, DENSE["COLUMNS"]) for m, n, _ in sizes)
     edges = [m * n for m, n, _ in sizes]
-    levels = max(map(forms.levels, edges)) if ranked else 0
-    depths = tuple(padded(depth or dims) for _, _, dims in sizes)
+    block_rows = tuple(rows_of_block(m, n) if dense else m for m, n, _ in sizes)
+    blocks_of = [padded(taken * n) if dense else taken * n for taken, (_, n, _) in zip(block_rows, sizes, strict=True)]
     sources = [tuple(edges)]
-    for _ in range(levels):
+    recomputed = any(taken < m for taken, (m, _, _) in zip(block_rows, sizes, strict=True))
+    for _ in range(max(recomputed, *map(forms.levels, edges)) if ranked else 0):
         sources.append(tuple(map(forms.room, sources[-1])))
-    capacity = max(m + n if complete else max(m, n) for m, n, _ in sizes)
+    depths = tuple(padded(depth or dims) for _, _, dims in sizes)
+    of_a, of_b = (sum(x[side] * d for x, d in zip(sizes, depths, strict=True)) for side in (0, 1))
     matrix = sum(v * padded(dims) for v, (_, _, dims) in zip(vertices, sizes, strict=True))
-    ranking = sum(v * depth for v, depth in zip(vertices, depths, strict=True))
+    tiles = [
+        dense * blocks(taken, DENSE["ROWS"]) * blocks(n, DENSE["COLUMNS"])
+        for taken, (_, n, _) in zip(block_rows, sizes, strict=True)
+    ]
     floats = {
-        "vertices": 2 * matrix,
-        "probs": ranking,
-        "surprisals": ranking,
         "cross_entropy": 4 * rows,
-        "entropies": sum(edges) if ranked or dense else 0,
-        "collected": sum(map(forms.sample, edges)) + sum(map(sum, sources[1:])) if levels else 0,
+        "entropies": sum(blocks_of) if ranked or dense else 0,
+        "samples": sum(map(forms.sample, edges)) if len(sources) > 1 else 0,
+        "collected": sum(map(sum, sources[1:])),
         "thresholds": 2,
         "losses": sum(vertices),
-        "partial": matrix if need_grad else 0,
+        "partial": max(matrix * need_grad, of_a + of_b),
         "summary": 4,
-        "tile_losses": sum(tiles),
+        "tile_losses": max(tiles),
     }
-    integers = {"lists": sum(vertices) * capacity, "finite": 4 * rows, "flags": sum(tiles)}
+    integers = {"lists": 2 * (max if dense else sum)(blocks_of), "finite": 4 * rows, "flags": max(tiles), "missed": 2}
     return Layout(
-        rows, vertices, tuple(pruning.edge_count(m, n, exclude_self) for m, n, _ in sizes), tiles, depths,
-        tuple(sources), capacity, *({name: padded(count) for name, count in x.items()} for x in (floats, integers)),
+        rows, vertices, tuple(pruning.edge_count(m, n, exclude_self) for m, n, _ in sizes), block_rows,
+        (0, blocks_of[0]), depths, (of_a, of_b), tuple(sources), 2 * matrix, floats, integers,
     )  # fmt: skip
+
+
+def rows_of_block(m: int, n: int) -> int:
+    """How many rows of edges the dense form takes together: all whose entropies are stored."""
+    whole = m * n <= forms.STORED_EDGES
+    return m if whole else min(m, max(1, forms.STORED_EDGES // (n * DENSE["ROWS"])) * DENSE["ROWS"])
 
 
 def lay_out(problem: Problem, given: Given | None = None) -> Call:
@@ -146,23 +156,26 @@ def lay_out(problem: Problem, given: Given | None = None) -> Call:
     )  # fmt: skip
     # One allocation of each type for all that nobody keeps, cut up where 16 bytes begin.
     new = functools.partial(torch.empty, device=logits[0].device)
+    floats = _cut(new, plan.floats, dtype)
+    # What ranks the edges is read before a gradient is written, which may take its place.
+    probs, surprisals = floats["partial"][: sum(plan.ranking)].split(plan.ranking)
     arrays = Arrays(
-        **_cut(new, plan.floats, dtype),
+        **floats,
         **_cut(new, plan.integers, torch.int32),
+        vertices=new(plan.matrix, dtype=logits[0].dtype),
+        probs=probs,
+        surprisals=surprisals,
         brackets=new((len(plan.sources) - 1) * 2 * FIELDS.value, dtype=torch.int64),
         kept=new(2, dtype=torch.int64),
         grads=new((rows_a + rows_b, classes) if problem.need_grad else 0, dtype=dtype),
         loss=new((), dtype=dtype),
         terms=new(4, dtype=dtype),
     )
-    # Copies, since a kernel is compiled apart for numbers that do not lie on 16 bytes, and one writes entropies.
     if given is not None:
-        entropies = arrays.entropies[: given.entropy.numel()].view_as(given.entropy) if dense else None
-        arrays = arrays._replace(
-            entropies=given.entropy.contiguous() if entropies is None else entropies.copy_(given.entropy),
-            thresholds=given.threshold.repeat(2),
-            kept=given.kept.repeat(2),
-        )
+        # Copies, since a kernel is compiled apart for numbers that do not lie on 16 bytes.
+        arrays = arrays._replace(thresholds=given.threshold.repeat(2), kept=given.kept.repeat(2))
+        if not dense:
+            arrays = arrays._replace(entropies=given.entropy.contiguous())
     common = {
         "arrays": arrays, "rows_a": rows_a, "rows_b": rows_b, "classes": classes, "COMPLETE": problem.complete,
         **FUSED_MULTIPLY_ADD,
@@ -171,7 +184,7 @@ def lay_out(problem: Problem, given: Given | None = None) -> Call:
 
 
 def _cut(new: Callable, counts: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    lengths = list(counts.values())
+    lengths = list(map(padded, counts.values()))
     return dict(zip(counts, new(sum(lengths), dtype=dtype).split(lengths), strict=True))
 
 
@@ -190,10 +203,10 @@ def prepare(call: Call, targets: Targets, settings: LossSettings | None) -> None
 
 def _use(call: Call, probs: Probs) -> None:
     """Lay out probabilities of the caller's as those of the logits would be."""
-    p, q = (x.to(call.arrays.probs.dtype) for x in probs)
+    p, q = (x.to(call.dtype) for x in probs)
     call.arrays.finite[:1].logical_and_((p.sum() + q.sum()).isfinite())
-    for out, x, first in ((call.arrays.probs, p, 0), (call.arrays.surprisals, -pruning.log_probs(q), len(p))):
-        out = out[: (len(p) + len(q)) * call.layout.depths[0]].view(-1, call.layout.depths[0])[first : first + len(x)]
+    for out, x in ((call.arrays.probs, p), (call.arrays.surprisals, -pruning.log_probs(q))):
+        out = out.view(len(x), -1)
         out.zero_()
         out[:, : x.shape[1]] = x
 
@@ -210,40 +223,49 @@ def entropy(call: Call) -> None:
     )
 
 
-def select(call: Call) -> None:
-    """One launch, and two more for each bracket."""
-    sources, dtype = call.layout.sources, call.dtype
-    levels, graphs = len(sources) - 1, len(call.problem.sizes)
+def select(call: Call, blocks_of: Callable[[], Iterable[tuple[int, int]]] | None = None) -> None:
+    """One launch, and two more for each bracket.
+
+    ``blocks_of``: the graphs' blocks, ``(graph, entropies)``, each of which is counted before the next takes its place.
+    """
+    sources, dtype, graphs = call.layout.sources, call.dtype, len(call.problem.sizes)
+    stored = [rows == m for rows, (m, _, _) in zip(call.layout.block_rows, call.problem.sizes, strict=True)]
     ranks, weights = zip(
         *(pruning.rank(call.problem.percentile / 100, count, dtype) for count in call.layout.edges), strict=True
     )
-    all_entropies = common = {"arrays": call.arrays, **FUSED_MULTIPLY_ADD, **_of_graphs("from", (0, sources[0][0]))}
-    end = sum(map(forms.sample, sources[0]))  # of what is in use of the room for what brackets leave
+    common = {"arrays": call.arrays, **FUSED_MULTIPLY_ADD}
+    begin = call.layout.entropies
+    end = 0  # of what is in use of the room for what brackets leave
+    source = begin
+    sampled = tuple(at if whole else -1 for at, whole in zip(begin, stored, strict=False))
     for level, (counts, rooms) in enumerate(itertools.pairwise(sources)):
-        counted = common | _of_graphs("count", counts)
         bracket_kernel[(graphs,)](
-            **counted, **_of_graphs("rank", ranks), **_of_graphs("sample", tuple(map(forms.sample, counts))),
+            **common, **_of_graphs("from", source if level else sampled), **_of_graphs("count", counts),
+            **_of_graphs("rank", ranks), **_of_graphs("sample", tuple(map(forms.sample, counts))),
             LEVEL=level, **BRACKET,
         )  # fmt: skip
-        jobs = [blocks(count, COUNT["BLOCK"]) for count in counts]
         to = end, end + rooms[0]
-        count_kernel[(sum(jobs),)](
-            **counted, **_of_graphs("to", to), **_of_graphs("room", rooms), jobs_0=jobs[0], LEVEL=level,
-            **wider(COUNT, dtype),
-        )  # fmt: skip
-        common = common | _of_graphs("from", to)
+        for counted in [counts] if level or blocks_of is None else _counts(blocks_of()):
+            jobs = [blocks(count, COUNT["BLOCK"]) for count in counted]
+            count_kernel[(sum(jobs),)](
+                **common, **_of_graphs("from", source), **_of_graphs("count", counted), **_of_graphs("to", to),
+                **_of_graphs("room", rooms), jobs_0=jobs[0], LEVEL=level, **wider(COUNT, dtype),
+            )  # fmt: skip
+        source = to
         end += sum(rooms)
     block = min(EXACT["BLOCK"], power_of_two(max(sources[-1])))
+    counts = tuple(count * whole for count, whole in zip(sources[0], stored, strict=True))
     exact_kernel[(graphs,)](
-        **all_entropies, **_of_graphs("count", sources[0]), **_of_graphs("rank", ranks),
-        **_of_graphs("to", (common["from_0"], common["from_1"])), **_of_graphs("room", sources[-1]),
-        weights=tuple(map(parts, _of_both(weights))), LEVELS=levels, **EXACT | {"BLOCK": block},
+        **common, **_of_graphs("from", begin), **_of_graphs("count", counts), **_of_graphs("rank", ranks),
+        **_of_graphs("to", source), **_of_graphs("room", sources[-1]),
+        weights=tuple(parts(weights[k]) for k in (0, -1)), LEVELS=len(sources) - 1, **EXACT | {"BLOCK": block},
     )  # fmt: skip
 
 
-def _of_both(values: tuple) -> tuple:
-    """Of a graph alone, twice."""
-    return values[0], values[-1]
+def _counts(blocks_of: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Of a launch for one graph alone."""
+    for graph, entropies in blocks_of:
+        yield (0, entropies) if graph else (entropies, 0)
 
 
 def _of_graphs(name: str, values: tuple) -> dict:
@@ -251,13 +273,14 @@ def _of_graphs(name: str, values: tuple) -> dict:
     return {f"{name}_0": values[0], f"{name}_1": values[-1]}
 
 
-def literal(call: Call, targets: Targets) -> None:
+def literal(call: Call, targets: Targets, first_job: int = 0, jobs: int | None = None, **block) -> None:
+    """Of all edges that are kept; in the dense form of a ``block`` of rows, those that ``dense`` left."""
     problem, edges, dense = call.problem, call.layout.edges, call.problem.form == "dense"
     shapes = [_literal_shape(padded(dims), call.dtype.itemsize) for _, _, dims in problem.sizes]
     (width_0, parts_0, others_0), (width_1, parts_1, others_1) = shapes[0], shapes[-1]
-    jobs, most = 1 + sum(call.layout.vertices_of), max(parts_0, parts_1)
+    jobs, most = jobs or 1 + sum(call.layout.vertices_of), max(parts_0, parts_1)
     literal_kernel[(jobs, most) if most > 1 else (jobs,)](
-        **call.common, rows=call.layout.rows, capacity=call.layout.capacity,
+        **call.common | {"first_row": 0, "block_rows": 0} | block, rows=call.layout.rows, first_job=first_job,
         edges_0=problem.whole_edges or edges[0], edges_1=edges[-1],
         weights=call.weights, delta=parts(problem.delta), eps=parts(problem.eps),
         EXCLUDE_SELF=problem.exclude_self, KEEP_ALL=problem.percentile >= 100, NEED_GRAD=problem.need_grad,
@@ -280,7 +303,7 @@ def finish(call: Call, targets: Targets, settings: LossSettings | None) -> None:
     tiles = (blocks(rows_a, FINISH["BLOCK"]) + blocks(rows_b, FINISH["BLOCK"])) * blocks(classes, FINISH["BLOCK"])
     counted = settings if targets.labels is not None else None
     finish_kernel[(1 + tiles * call.problem.need_grad,)](
-        **call.common, tiles_0=call.layout.tiles[0], tiles_1=call.layout.tiles[-1], weights=call.weights,
+        **call.common, weights=call.weights,
         BOTH_GRAPHS=len(call.problem.sizes) == 2,
         CE_REAL=counted is not None and counted.ce_real,
         CE_VIRTUAL=counted is not None and counted.ce_virtual, **FINISH,

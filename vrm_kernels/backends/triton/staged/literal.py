@@ -10,14 +10,12 @@ from vrm_kernels.backends.triton.staged.prepare import NO_TARGET
 
 @triton.jit
 def _append(
-    lists, entropies, stride, flags, flag_stride, first, self_at, others, limit, total,
+    lists, entropies, stride, flags, flag_stride, first, self_at, begin, others, limit, total,
     KEEP_ALL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Append to a vertex' list the ends ``first + k`` of those of its edges ``k < others`` that are to be visited.
-
-    With a TILE, that many edges share a flag: only where it is set are there any.
-    """
-    for start in range(0, others, CHUNK):
+    """Append to a vertex' list the ends ``first + k`` of those of its edges ``begin <= k < others`` that are to be
+    visited; with a TILE, of so many edges that share a flag those where it is set."""
+    for start in range(begin, others, CHUNK):
         k = start + tl.arange(0, CHUNK)
         kept = k < others
         if TILE > 0:
@@ -34,10 +32,38 @@ def _append(
 
 
 @triton.jit
+def _append_flagged(
+    lists, entropies, stride, flags, flag_stride, first, self_at, others, limit, total,
+    KEEP_ALL: tl.constexpr, EXCLUDE_SELF: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """:func:`_append` of all edges; where CHUNK tiles have no flag they are passed over at once."""
+    if TILE == 0:
+        total = _append(
+            lists, entropies, stride, flags, flag_stride, first, self_at, 0, others, limit, total,
+            KEEP_ALL, EXCLUDE_SELF, TILE, CHUNK,
+        )  # fmt: skip
+    else:
+        for start in range(0, others, CHUNK * TILE):
+            tile = start // TILE + tl.arange(0, CHUNK)
+            if tl.max(tl.load(flags + wide(tile) * flag_stride, tile * TILE < others, 0), 0) > 0:
+                total = _append(
+                    lists, entropies, stride, flags, flag_stride, first, self_at, start,
+                    tl.minimum(others, start + CHUNK * TILE), limit, total, KEEP_ALL, EXCLUDE_SELF, TILE, CHUNK,
+                )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _load(x, mask, T: tl.constexpr):
+    return tl.load(x, mask, 0.0).to(T)
+
+
+@triton.jit
 def _differences(own_s, own_t, students, teachers, other, width, d, there):
     """Student's and teacher's components ``d`` of the edges to the vertices that begin at ``other``."""
+    T: tl.constexpr = own_s.dtype
     at, mask = other[:, None] + d[None], there[:, None] & (d < width)[None]
-    return own_s[None] - tl.load(students + at, mask, 0.0), own_t[None] - tl.load(teachers + at, mask, 0.0)
+    return own_s[None] - _load(students + at, mask, T), own_t[None] - _load(teachers + at, mask, T)
 
 
 @triton.jit
@@ -58,7 +84,7 @@ def _slopes(ds, dt, inverse_s, inverse_t, delta):
 
 @triton.jit
 def _vertex(
-    arrays, graph, v, rows_a, rows_b, classes, capacity, weight, delta, eps, limit, kept,
+    arrays, graph, v, rows_a, rows_b, classes, first_row, block_rows, weight, delta, eps, limit, kept,
     COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
     OTHERS: tl.constexpr, CHUNK: tl.constexpr,
@@ -68,31 +94,35 @@ def _vertex(
     A vertex of more components than registers hold has PARTS of WIDTH, a program each: every one makes the same list
     and takes the sums over all components; the gradient is that of its own.
     """
-    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    T: tl.constexpr = arrays.loss.dtype.element_ty
     m_0, n_0, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     m, n, first_b, vertices, width = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
     size = matrix_size(rows_a, rows_b, classes)
     number_of = graph * vertices_0 + v
-    entropies = arrays.entropies + graph * wide(m_0) * n_0
-    lists = arrays.lists + wide(number_of) * capacity
-    flags, across = arrays.flags, 0 * n
+    entropies, lists, flags, across = arrays.entropies, arrays.lists, arrays.flags, 0 * n
+    if TILE_ROWS == 0:  # those of both graphs; else of a block of one
+        m, block_rows = m, m
+        entropies += graph * wide(m_0) * n_0
+        lists += 2 * graph * wide(m_0) * n_0
+    row, column = v - first_row, v - first_b
+    # Where the vertex is on no side, that side has no edges.
+    in_rows = (row >= 0) & (row < block_rows)
+    on_a, on_b = tl.where(in_rows, n, 0), tl.where((column >= 0) & (column < n), block_rows, 0)
+    lists += wide(tl.minimum(tl.maximum(row, 0), block_rows)) * n
+    lists += wide(tl.minimum(tl.maximum(column, 0), n)) * block_rows
+    row_flags = flags
     if TILE_ROWS > 0:
         across = tl.cdiv(n, TILE_COLUMNS)
-        flags += graph * tl.cdiv(m_0, TILE_ROWS) * tl.cdiv(n_0, TILE_COLUMNS)
-    # Where the vertex is on no side, that side has no edges.
-    on_a, on_b = tl.where(v < m, n, 0), tl.where((v >= first_b) & (v - first_b < n), m, 0)
-    row_flags, column = flags, v - first_b
-    if TILE_ROWS > 0:
-        row_flags += v // TILE_ROWS * across
+        row_flags += row // TILE_ROWS * across
         flags += column // TILE_COLUMNS
-    total = _append(
-        lists, entropies + wide(v) * n, 1, row_flags, 1, first_b, v, on_a, limit, 0 * v,
+    total = _append_flagged(
+        lists, entropies + wide(row) * n, 1, row_flags, 1, first_b, v, on_a, limit, 0 * v,
         KEEP_ALL, EXCLUDE_SELF, TILE_COLUMNS, CHUNK,
     )  # fmt: skip
     counted = total
     if NEED_GRAD:
-        total = _append(
-            lists, entropies + column, n, flags, across, 0, column, on_b, limit, total,
+        total = _append_flagged(
+            lists, entropies + column, n, flags, across, first_row, column - first_row, on_b, limit, total,
             KEEP_ALL, EXCLUDE_SELF, TILE_ROWS, CHUNK,
         )  # fmt: skip
     tl.debug_barrier()  # other warps read what this one stored
@@ -103,7 +133,7 @@ def _vertex(
     teachers = students + wide(vertices) * width
     base = wide(v) * width
     own = base + d
-    own_s, own_t = tl.load(students + own, d < width, 0.0), tl.load(teachers + own, d < width, 0.0)
+    own_s, own_t = _load(students + own, d < width, T), _load(teachers + own, d < width, T)
     losses = tl.zeros([OTHERS], T)
     gradient = tl.zeros([OTHERS, WIDTH], T)
     for start in range(0, total, OTHERS):
@@ -119,7 +149,7 @@ def _vertex(
             squares_s, squares_t = tl.zeros([OTHERS], T), tl.zeros([OTHERS], T)
             for first in range(0, width, WIDTH):
                 c = first + tl.arange(0, WIDTH)
-                s, t = tl.load(students + base + c, c < width, 0.0), tl.load(teachers + base + c, c < width, 0.0)
+                s, t = _load(students + base + c, c < width, T), _load(teachers + base + c, c < width, T)
                 ds, dt = _differences(s, t, students, teachers, other, width, c, there)
                 squares_s += tl.sum(ds * ds, 1)
                 squares_t += tl.sum(dt * dt, 1)
@@ -127,7 +157,7 @@ def _vertex(
             loss, radial = tl.zeros([OTHERS], T), tl.zeros([OTHERS], T)
             for first in range(0, width, WIDTH):
                 c = first + tl.arange(0, WIDTH)
-                s, t = tl.load(students + base + c, c < width, 0.0), tl.load(teachers + base + c, c < width, 0.0)
+                s, t = _load(students + base + c, c < width, T), _load(teachers + base + c, c < width, T)
                 ds, dt = _differences(s, t, students, teachers, other, width, c, there)
                 relation, slope, huber = _slopes(ds, dt, inverse_s, inverse_t, delta)
                 loss += tl.sum(huber, 1)
@@ -138,21 +168,30 @@ def _vertex(
         if NEED_GRAD:
             radial = tl.where(length > 0, radial / tl.where(length > 0, length, 1.0), 0.0)
             gradient += slope * inverse_s[:, None] - relation * radial[:, None]
-    if part == 0:
-        tl.store(arrays.losses + number_of, tl.sum(losses, 0))
+    if part == 0 and in_rows:
+        loss = tl.sum(losses, 0)
+        if TILE_ROWS > 0:  # one vertex of each row of tiles adds the certified edges' loss
+            tiles = tl.where(row % TILE_ROWS == 0, across, 0)
+            certified = tl.zeros([CHUNK], T)
+            for start in range(0, tiles, CHUNK):
+                tile = start + tl.arange(0, CHUNK)
+                certified += tl.load(arrays.tile_losses + row // TILE_ROWS * across + tile, tile < tiles, 0.0)
+            loss += tl.sum(certified, 0)
+        tl.store(arrays.losses + number_of, loss)
     if NEED_GRAD:
         scale = weight / (kept.to(T) + COUNT_EPS)
         out = arrays.partial + graph * size + own
-        given = tl.sum(gradient, 0) * scale
-        if TILE_ROWS > 0:  # beside what the certified edges gave
-            given += tl.load(out, d < width, 0.0)
-        tl.store(out, given, d < width)
+        given, written = tl.sum(gradient, 0) * scale, d < width
+        if TILE_ROWS > 0:  # to what the certified edges gave, where there are others
+            written = d < tl.where(total > 0, width, 0)
+            given += tl.load(out, written, 0.0)
+        tl.store(out, given, written)
 
 
 @triton.jit
 def _summary(arrays, rows, TARGET: tl.constexpr, BLOCK: tl.constexpr):
     """The cross-entropies' means and 1 / their divisor, and whether any row of logits was not finite."""
-    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    T: tl.constexpr = arrays.loss.dtype.element_ty
     fine = tl.full([BLOCK], 1, tl.int32)
     real, virtual = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
     weights = tl.zeros([BLOCK], T)
@@ -174,11 +213,12 @@ def _summary(arrays, rows, TARGET: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(arrays.summary + 2, inverse)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "rows", "capacity", "edges_0", "edges_1"])
+@triton.jit(do_not_specialize=[*SIZES, "rows", "edges_0", "edges_1", "first_job", "first_row", "block_rows"])
 def literal_kernel(
     arrays, rows_a, rows_b, classes,
     rows,  # R, of a view, padded
-    capacity,  # of a vertex' list
+    first_job,  # which of them is the first program
+    first_row, block_rows,  # of the block of edges, in the dense form
     edges_0, edges_1,  # where all are kept
     weights, delta, eps,  # of each graph; Huber's; of a relation: numbers in two parts
     COMPLETE: tl.constexpr, EXCLUDE_SELF: tl.constexpr, KEEP_ALL: tl.constexpr, NEED_GRAD: tl.constexpr,
@@ -187,9 +227,9 @@ def literal_kernel(
     WIDTH_0: tl.constexpr, PARTS_0: tl.constexpr, OTHERS_0: tl.constexpr,
     WIDTH_1: tl.constexpr, PARTS_1: tl.constexpr, OTHERS_1: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The first program sums up, the others take a vertex each, those of graph 0 first; or a part of one."""
-    T: tl.constexpr = arrays.vertices.dtype.element_ty
-    job = tl.program_id(0) - 1
+    """The first job sums up, the others take a vertex each, those of graph 0 first; or a part of one."""
+    T: tl.constexpr = arrays.loss.dtype.element_ty
+    job = tl.program_id(0) + first_job - 1
     _, _, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     graph = (job >= vertices_0).to(tl.int32)
     if KEEP_ALL:
@@ -207,13 +247,13 @@ def literal_kernel(
     elif job < vertices_0:
         if part < PARTS_0:
             _vertex(
-                arrays, 0, job, rows_a, rows_b, classes, capacity, number(weights[0], T), delta, eps, limit, kept,
-                COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_0, PARTS_0, OTHERS_0,
-                CHUNK,
+                arrays, 0, job, rows_a, rows_b, classes, first_row, block_rows, number(weights[0], T), delta, eps,
+                limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS,
+                WIDTH_0, PARTS_0, OTHERS_0, CHUNK,
             )  # fmt: skip
     elif part < PARTS_1:
         _vertex(
-            arrays, 1, job - vertices_0, rows_a, rows_b, classes, capacity, number(weights[1], T), delta, eps, limit,
-            kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS, WIDTH_1, PARTS_1, OTHERS_1,
-            CHUNK,
+            arrays, 1, job - vertices_0, rows_a, rows_b, classes, first_row, block_rows, number(weights[1], T),
+            delta, eps, limit, kept, COMPLETE, EXCLUDE_SELF, KEEP_ALL, NEED_GRAD, TILE_ROWS, TILE_COLUMNS,
+            WIDTH_1, PARTS_1, OTHERS_1, CHUNK,
         )  # fmt: skip

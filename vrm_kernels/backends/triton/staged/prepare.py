@@ -46,7 +46,7 @@ def prepare_kernel(
     NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program a row of one of the four tensors; rows beyond a view pad the columns' vertices with zeros."""
-    T: tl.constexpr = arrays.vertices.dtype.element_ty
+    T: tl.constexpr = arrays.loss.dtype.element_ty
     job = tl.program_id(0)
     rows = tl.num_programs(0) // 4
     tensor, row = job // rows, job % rows
@@ -64,19 +64,18 @@ def prepare_kernel(
     vertex = view * rows_a + row
     size, width, column_width = matrix_size(rows_a, rows_b, classes), padded(classes), padded(rows_a)
     filled = tl.where(inside, width, 0)
-    in_row = wide(vertex) * width
-    in_column = wide(view * classes) * column_width + row
-    to_row = arrays.vertices + role * size + in_row
-    to_column = arrays.vertices + 2 * size + role * 2 * wide(classes) * column_width + in_column
+    to_row = arrays.vertices + role * size + wide(vertex) * width
+    to_column = arrays.vertices + 2 * size + (role * 2 + view) * wide(classes) * column_width + row
     fine = tl.full([BLOCK], 1, tl.int32)
     highest = tl.full([BLOCK], float("-inf"), T)
     for start in range(0, width, BLOCK):
         c = start + tl.arange(0, BLOCK)
         there = c < columns
-        z = tl.load(x + c, there, 0.0).to(T)
+        z = tl.load(x + c, there, 0.0)
         tl.store(to_row + c, z, c < filled)
         if BOTH_GRAPHS:
             tl.store(to_column + wide(c) * column_width, z, c < classes)
+        z = z.to(T)
         fine = tl.minimum(fine, can_be_squared(z).to(tl.int32))
         highest = tl.maximum(highest, tl.where(there, z, float("-inf")))
     tl.store(arrays.finite + job, tl.min(fine, 0))
@@ -112,6 +111,10 @@ def prepare_kernel(
             at = arrays.cross_entropy + view * rows + row
             tl.store(at, target_sum * tl.log(total) - tl.sum(along, 0))
             tl.store(at + 2 * rows, tl.where(counts, weight, 0.0))
+        if COMPLETE:  # both views are on either side
+            in_row, in_column, side = wide(vertex) * width, wide(view * classes) * column_width + row, size
+        else:
+            in_row, in_column, side = wide(row) * width, wide(row), wide(rows_a) * width
         for start in range(0, width, BLOCK):
             c = start + tl.arange(0, BLOCK)
             there = c < columns
@@ -120,10 +123,10 @@ def prepare_kernel(
             p = tl.where(there, p, 0.0)
             if COMPLETE or view == 0:
                 tl.store(arrays.probs + in_row + c, p, c < filled)
-                tl.store(arrays.probs + size + in_column + wide(c) * column_width, p, c < classes)
+                tl.store(arrays.probs + side + in_column + wide(c) * column_width, p, c < classes)
             if COMPLETE or view == 1:
                 tl.store(arrays.surprisals + in_row + c, surprisal, c < filled)
-                tl.store(arrays.surprisals + size + in_column + wide(c) * column_width, surprisal, c < classes)
+                tl.store(arrays.surprisals + side + in_column + wide(c) * column_width, surprisal, c < classes)
             if NEED_GRAD and TARGET != NO_TARGET:
                 q = _target_weights(targets, row, c, there, label, counts, classes, rate, TARGET, T)
                 tl.store(arrays.grads + wide(vertex) * classes + c, p * target_sum - q, there)

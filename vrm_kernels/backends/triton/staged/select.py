@@ -134,8 +134,10 @@ def bracket_kernel(
         count = tl.minimum(tl.load(before + INSIDE), count)
         rank = _rank_inside(before, count)
     values = _source(arrays, tl.where(graph == 0, from_0, from_1), LEVEL)
-    sample, size = arrays.collected + tl.where(graph == 0, 0, sample_0), tl.where(graph == 0, sample_0, sample_1)
-    for start in range(0, size, BLOCK):
+    sample, size = arrays.samples + tl.where(graph == 0, 0, sample_0), tl.where(graph == 0, sample_0, sample_1)
+    # Where all entropies are not stored, the sample is there: sample_kernel computed it.
+    gathered = tl.where((LEVEL == 0) & (tl.where(graph == 0, from_0, from_1) < 0), 0, size)
+    for start in range(0, gathered, BLOCK):
         k = start + tl.arange(0, BLOCK)
         at = k.to(tl.int64) * HASH % tl.maximum(count, 1)
         tl.store(sample + k, tl.load(values + at, k < size * tl.minimum(count, 1), 0.0), k < size)
@@ -260,3 +262,4 @@ def exact_kernel(
         kept += tl.where(held, more, 0)
     tl.store(arrays.thresholds + graph, threshold)
     tl.store(arrays.kept + graph, kept)
+    tl.store(arrays.missed + graph, tl.where(held, 0, 1))
