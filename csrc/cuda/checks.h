@@ -117,7 +117,8 @@ inline void check_tile_edge(int64_t tile_edge) {
 inline void check_half_level(int64_t half_level, ScalarType computed, bool dense) {
   const int64_t most = dense && computed != ScalarType::Double ? 3 : 0;
   STD_TORCH_CHECK(half_level >= 0 && half_level <= most, "operands of the form ", dense ? "dense" : "literal", " in ",
-                  torch::headeronly::toString(computed), " have a level of float16 from 0 to ", most, ", not ", half_level);
+                  torch::headeronly::toString(computed), " have a level of float16 from 0 to ", most, ", not ",
+                  half_level);
 }
 
 inline void check_two(const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights) {

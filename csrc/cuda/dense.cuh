@@ -35,12 +35,9 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
   const int64_t column = tile.column + j, other = g.first_b + column;
   const bool has_column = j < tile.columns;
   const T threshold = g.keep_all ? T(0) : g.status->threshold;
-  const EdgeRule<T> rule = {g.delta, g.eps * g.status->scale[0], g.eps * g.status->scale[1]};
+  const EdgeRule<T> rule = {g.delta, g.eps * g.status->scale.student, g.eps * g.status->scale.teacher};
   const bool half = packed.x_s.half;
-  EdgeInput<T> own = {};  // of this lane's column
-  if (has_column)
-    own = {0, 0, 0, packed.square_s[other], packed.square_t[other], packed.square_w[other], packed.reach_s[other],
-           packed.reach_t[other]};
+  const End<T> own = has_column ? packed.ends[other] : End<T>{};
   T loss = 0;
   unsigned kept = 0, literals = 0;  // of this column
 #pragma unroll(sizeof(T) == 4 ? 4 : 1)  // more of float64 do not fit the registers
@@ -50,14 +47,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
     if (i < tile.rows && has_column) {
       T beta = 0, gamma = 0;
       if (!(g.exclude_self && row == column) && (g.keep_all || tile.entropy[i * tile.entropy_ld + j] <= threshold)) {
-        const EdgeInput<T> input = {tile.dots[at],
-                                    tile.dots[plane + at],
-                                    tile.dots[2 * plane + at],
-                                    own.square_s + packed.square_s[row],
-                                    own.square_t + packed.square_t[row],
-                                    own.square_w + packed.square_w[row],
-                                    own.reach_s + packed.reach_s[row],
-                                    own.reach_t + packed.reach_t[row]};
+        const End<T> end = packed.ends[row];
+        const EdgeInput<T> input = {tile.dots[at], tile.dots[plane + at], tile.dots[2 * plane + at],
+                                    own.square_s + end.square_s, own.square_t + end.square_t,
+                                    own.square_w + end.square_w, own.reach_s + end.reach_s, own.reach_t + end.reach_t};
         const auto terms = quadratic_edge(input, rule, SquareRoot());
         beta = terms.beta * packed.coefficient_scale;
         gamma = terms.gamma * packed.coefficient_scale;

@@ -25,7 +25,7 @@ template <class T> __device__ __forceinline__ T graph_gradient(const Graph<T>& g
   if (!g.dense) return grad[k];
   // Products give the sums over the other vertices, edge.h's gamma x_s - beta x_w; what remains has the vertex's own
   // vectors, which are not rounded as operands are, and the sums of the coefficients, behind the dimensions.
-  const Scales<T> scale = {g.status->scale[0], g.status->scale[1]};
+  const Scales<T> scale = g.status->scale;
   const Centred<T> own(g, scale, vertex, k);
   return scale.student / g.packed.coefficient_scale *
          (grad[k] - grad[g.dims + 1] * own.residual - grad[g.dims] * own.student);

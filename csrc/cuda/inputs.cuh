@@ -31,7 +31,8 @@ template <class T> struct Vector {
 };
 
 // Of a vertex in the dense form, which has no copies.
-template <class T> __device__ __forceinline__ Vector<T> vector_of(const Graph<T>& g, const Input (&views)[2], int64_t v) {
+template <class T>
+__device__ __forceinline__ Vector<T> vector_of(const Graph<T>& g, const Input (&views)[2], int64_t v) {
   return v < g.split ? Vector<T>{views[0], v} : Vector<T>{views[1], v - g.split};
 }
 template <class T> __device__ __forceinline__ Vector<T> student_of(const Graph<T>& g, int64_t v) {

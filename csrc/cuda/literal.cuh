@@ -82,7 +82,7 @@ __device__ __forceinline__ void add_steps(const Vertex<T, Dense>& vertex, int co
   const auto own_s = vertex.student(vertex.index);
   const auto own_t = vertex.teacher(vertex.index);
   T* grad = g.grad + vertex.index * g.grad_ld;
-  const T scale = Dense ? g.packed.coefficient_scale / g.status->scale[0] : T(1);  // of the products' gradients
+  const T scale = Dense ? g.packed.coefficient_scale / g.status->scale.student : T(1);  // of the products' gradients
   const int width = g.dims < kThreads ? static_cast<int>(ceil_div(g.dims, 32)) * 32 : kThreads;
   const int groups = kThreads / width, group = thread_index() / width;
   for (int64_t k0 = 0; k0 < g.dims; k0 += width) {
@@ -163,7 +163,8 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
                                 column ? 0 : g.first_b},
                g.one_set() && g.need_grad, [&](bool as_column, int64_t other) {
                  if (g.keep_all) return !(g.exclude_self && own == other);
-                 return g.entropy[as_column ? other * g.columns + own : own * g.columns + other] <= threshold;  // NaN: no
+                 const int64_t at = as_column ? other * g.columns + own : own * g.columns + other;
+                 return g.entropy[at] <= threshold;  // NaN: no
                });
 }
 

@@ -55,17 +55,6 @@ template <class T> Tensor tensor_of(const Factor& x, int64_t rows, int64_t colum
                                   x.x.half ? ScalarType::Half : scalar_type_of<T>);
 }
 
-#if defined(VRM_CUDA_SHIM)
-// An operand as the matrix units read it: float32 to TF32's ten digits where torch's switch lets them.
-template <class T> Tensor emulated_operand(const Tensor& x) {
-  const Tensor copy = torch::stable::clone(convert(x, scalar_type_of<T>));
-  if (!shim::takes_tf32() || x.scalar_type() != ScalarType::Float) return copy;
-  auto* bits = reinterpret_cast<uint32_t*>(copy.mutable_data_ptr<float>());
-  for (int64_t k = 0; k < copy.numel(); ++k) bits[k] = (bits[k] + 0x1000u) & ~0x1fffu;
-  return copy;
-}
-#endif
-
 // torch's own product, which obeys its switch for float32, on its current stream; of float16 with sums in float32.
 template <class T> void multiply(const Product<T>& p, const Tensor& like) {
   const Tensor out =
@@ -73,8 +62,8 @@ template <class T> void multiply(const Product<T>& p, const Tensor& like) {
   const Tensor a = tensor_of<T>(p.a, p.m, p.depth, like);
   const Tensor b = torch::stable::transpose(tensor_of<T>(p.b, p.n, p.depth, like), 0, 1);
 #if defined(VRM_CUDA_SHIM)  // the CPU has no product of mixed types
-  shim::note_product(p.m * p.n * p.depth);
-  aten("aten::mm", "out", emulated_operand<T>(a), emulated_operand<T>(b), out);
+  shim::note_product(p.m * p.n * p.depth, p.a.x.half);
+  aten("aten::mm", "out", convert(a, scalar_type_of<T>), convert(b, scalar_type_of<T>), out);
   for (int64_t i = 0; i < p.m; ++i) shim::note_written(p.out + i * p.ld, p.n * sizeof(T));
 #else
   if (p.a.x.half)

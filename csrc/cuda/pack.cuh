@@ -90,11 +90,6 @@ template <class T> __device__ __forceinline__ T power_of_two(double ratio) {
   return usable ? static_cast<T>(ldexp(1.0, static_cast<int>(exponent))) : T(1);
 }
 
-// Powers of two that bring the student to the teacher's size and both, as float16 operands, to kHalfLength.
-template <class T> struct Scales {
-  T student, teacher;
-};
-
 // By a warp, the result in every lane.
 template <class T> __device__ __forceinline__ Scales<T> find_scales(const Graph<T>& g) {
   double student = 0, teacher = 0;
@@ -147,9 +142,9 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
   const Packed<T>& to = g.packed;
   const int64_t v = blockIdx.x * int64_t{kWarps} + warp_index();
   const Scales<T> scale = find_scales(g);
-  if (blockIdx.x == 0 && thread_index() == 0) g.status->scale[0] = scale.student, g.status->scale[1] = scale.teacher;
+  if (blockIdx.x == 0 && thread_index() == 0) g.status->scale = scale;
   if (v >= g.vertices) return;  // a whole warp
-  T square_s = 0, square_t = 0, square_w = 0, reach_s = 0, reach_t = 0;
+  End<T> end = {};
   for (int64_t first = lane_index(); first < to.ld; first += kAhead * 32) {
     Centred<T> own[kAhead];  // loads before stores, which they could not pass
 #pragma unroll
@@ -165,24 +160,16 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ 
       const T y = pack_component(to, to.x_t, v, k, own[r].teacher, own[r].teacher);
       const T w = pack_component(to, to.x_w, v, k, own[r].residual, own[r].residual + one_w);
       if (k >= g.dims) break;
-      square_s += x * x;
-      square_t += y * y;
-      square_w += w * w;
-      reach_s = fabs(x) > reach_s ? fabs(x) : reach_s;
-      reach_t = fabs(y) > reach_t ? fabs(y) : reach_t;
+      end.square_s += x * x;
+      end.square_t += y * y;
+      end.square_w += w * w;
+      end.reach_s = fabs(x) > end.reach_s ? fabs(x) : end.reach_s;
+      end.reach_t = fabs(y) > end.reach_t ? fabs(y) : end.reach_t;
     }
   }
-  square_s = warp_sum(square_s);
-  square_t = warp_sum(square_t);
-  square_w = warp_sum(square_w);
-  reach_s = warp_max(reach_s);
-  reach_t = warp_max(reach_t);
-  if (lane_index() != 0) return;
-  to.square_s[v] = square_s;
-  to.square_t[v] = square_t;
-  to.square_w[v] = square_w;
-  to.reach_s[v] = reach_s;
-  to.reach_t[v] = reach_t;
+  end = {warp_sum(end.square_s), warp_sum(end.square_t), warp_sum(end.square_w), warp_max(end.reach_s),
+         warp_max(end.reach_t)};
+  if (lane_index() == 0) to.ends[v] = end;
 }
 
 // The factors of the entropy as sums of two float16, side by side: [high, high, low] times [high, low, high]. A vertex

@@ -22,13 +22,18 @@ struct Input {
   int64_t row_stride, column_stride;
 };
 
+// Powers of two that bring the student to the teacher's size and both, as float16 operands, to kHalfLength.
+template <class T> struct Scales {
+  T student, teacher;
+};
+
 // What is found out about a graph on the way.
 template <class T> struct Status {
   unsigned histogram[kBins];  // of the entropies of the literal form: see bin_of
   unsigned long long kept;    // edges at or below
   T threshold;
   int nan;                    // an entropy is not a number
-  T scale[2];                 // of the operands of student and teacher, powers of two
+  Scales<T> scale;
   int uncertified;            // the last tile of the dense form with edges for the literal stage; 0: none
   uint64_t prefix[2];         // of the rank's key and of its successor's, so far
   int64_t rest[2];            // their ranks among the keys with the prefix
@@ -45,6 +50,11 @@ struct Operand {
 // them 2^8 times as large, so that the second terms keep their digits.
 constexpr int kHalfLength = 256;
 
+// What an edge needs to know of an end: see EdgeInput.
+template <class T> struct End {
+  T square_s, square_t, square_w, reach_s, reach_t;
+};
+
 // What the dense form knows of the vertices, packed for products. Rows have `ld` elements: the dimensions, then two
 // columns that are 1 and 0 in x_s, 0 and 1 in x_w, so that products with them give the sums of the coefficients.
 template <class T> struct Packed {
@@ -56,7 +66,7 @@ template <class T> struct Packed {
   int64_t parts;
   int64_t coefficient_terms;  // float16 numbers that a coefficient is the sum of
   T coefficient_scale;        // of the coefficients as operands
-  T *square_s, *square_t, *square_w, *reach_s, *reach_t;  // [V]: see EdgeInput
+  End<T>* ends;               // [V]
   Operand probs, surprisals;  // of the entropy: the graph's own, or [V, 3 K] of two float16 terms
   int64_t entropy_depth;
   // Working memory.

@@ -107,8 +107,7 @@ template <class T> class TiledGraph {
     packed.parts = settings.half_level >= kHalfSumsOfEdges ? 4 : 1;
     for (Operand* x : {&packed.x_s, &packed.x_t, &packed.x_w})
       *x = take_operand(carver, g.vertices * packed.parts * packed.ld, half, sizeof(T));
-    for (T** array : {&packed.square_s, &packed.square_t, &packed.square_w, &packed.reach_s, &packed.reach_t})
-      *array = carver.take<T>(g.vertices);
+    packed.ends = carver.take<End<T>>(g.vertices);
     packed.chunks = std::min(int64_t{32}, ceil_div(g.vertices, 4 * kTile));
     packed.sums = carver.take<T>(packed.chunks * 2 * g.dims);
     packed.spread = carver.take<double>(2 * means_blocks(g));
@@ -118,7 +117,8 @@ template <class T> class TiledGraph {
     if (!g.need_grad) return;
     for (Operand* x : {&tile.gamma, &tile.beta})
       *x = take_operand(carver, packed.coefficient_terms * tile.rows * tile.ld, half, sizeof(T));
-    tile.products = carver.take<T>(2 * gradient_products(g) * std::max(tile.rows, tile.columns) * std::min(packed.ld, kProductWidth));
+    const int64_t width = std::min(packed.ld, kProductWidth);
+    tile.products = carver.take<T>(2 * gradient_products(g) * std::max(tile.rows, tile.columns) * width);
   }
 
   void select() {
@@ -179,7 +179,8 @@ template <class T> class TiledGraph {
       for (int64_t k = 0; k < ld; k += kProductWidth) {
         const int64_t width = std::min(kProductWidth, ld - k);
         T* out = tile.products;
-        for (const auto& [coefficients, x] : {std::pair(tile.gamma, g_.packed.x_s), std::pair(tile.beta, g_.packed.x_w)})
+        for (const auto& [coefficients, x] :
+             {std::pair(tile.gamma, g_.packed.x_s), std::pair(tile.beta, g_.packed.x_w)})
           for (int product = 0; product < gradient_products(g_); ++product, out += count * width) {
             const int term = product == 2, part = product == 1 ? 2 : 0;  // high high, high low, low high
             const Factor c = from(coefficients, term * tile.rows, tile.ld);

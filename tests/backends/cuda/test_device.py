@@ -16,6 +16,7 @@ from helpers import (
     expected_of,
     inputs,
     make_logits,
+    relative_error,
     settings_of,
 )
 from share_checks import check_group_on_a_gpu, check_shares_on_a_gpu
@@ -199,8 +200,8 @@ def test_deterministic_algorithms_change_nothing(form):
     assert all(map(torch.equal, got, wanted))
 
 
-def test_torchs_products_obey_the_switch_for_tf32():
-    """Ours are always in full float32."""
+def test_large_graphs_obey_the_switch_of_float32_products():
+    """Our own products are always in full float32; torch's are TF32, those of the form dense sums of two float16."""
     batch = on_device(make_logits(Case((160, 256)), torch.float32, seed=0))
     wanted = {form: call(batch, form) for form in FORMS}
     before = torch.get_float32_matmul_precision()
@@ -213,6 +214,7 @@ def test_torchs_products_obey_the_switch_for_tf32():
         assert all(map(torch.equal, got[form], wanted[form]))
     if torch.cuda.get_device_capability() >= (8, 0):
         assert not any(torch.equal(got[form][1], wanted[form][1]) for form in LIBRARYS_PRODUCTS)
+    assert relative_error(got["dense"][1], wanted["dense"][1]) < 1e-5
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")

@@ -565,16 +565,10 @@ def test_a_vertex_that_float16_cannot_hold(host, monkeypatch, dtype):
     ],
 )
 def test_products_of_float32_follow_torchs_switch(host, monkeypatch, level, kind, bound):
-    """ "high" is sums of two float16, "medium" single ones. Neither takes torch's TF32, to which the emulation rounds
-    float32 here."""
+    """ "high" is sums of two float16, "medium" single ones."""
     set_form(monkeypatch, "dense")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: level)
-    host.cuda_shim_set_tf32(level != "highest")
-    views = make_logits(Case((33, 70), kind=kind), torch.float32, seed=7)
-    try:
-        compare_losses(views, None, None, RELATIONS_ALONE, bound)
-    finally:
-        host.cuda_shim_set_tf32(0)
+    compare_losses(make_logits(Case((33, 70), kind=kind), torch.float32, seed=7), None, None, RELATIONS_ALONE, bound)
 
 
 @pytest.mark.parametrize(
@@ -588,6 +582,7 @@ def test_products_of_float32_follow_torchs_switch(host, monkeypatch, level, kind
     ],
 )
 def test_products_are_as_many_as_the_roofline_counts(host, monkeypatch, logits, dtype, level):
+    """And of float16 but for float32 at "highest": torch's own products at "high" would be TF32."""
     from benchmarks.gpu.roofline import PRODUCTS
     from vrm_kernels.backends.cuda import backend as cuda_backend
 
@@ -597,10 +592,11 @@ def test_products_are_as_many_as_the_roofline_counts(host, monkeypatch, logits, 
     host.cuda_shim_set_checks(0)
     size = 126  # and two columns of ones: no padding
     views = make_logits(Case((size, size)), dtype, seed=7)
-    before = host.cuda_shim_multiply_adds()
+    before = [host.cuda_shim_multiply_adds(half) for half in (0, 1)]
     backends.REGISTRY[cuda_host.NAME].load().vrm_loss(Views(*views), None, None, RELATIONS_ALONE, True)
-    units = (host.cuda_shim_multiply_adds() - before) / (2 * size**3)
-    assert units == pytest.approx(sum(PRODUCTS[logits]), rel=0.02)
+    units = [(host.cuda_shim_multiply_adds(half) - before[half]) / (2 * size**3) for half in (0, 1)]
+    assert units[logits != "f32"] == pytest.approx(sum(PRODUCTS[logits]), rel=0.02)
+    assert units[logits == "f32"] == 0
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e3, 1e30])

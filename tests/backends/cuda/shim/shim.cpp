@@ -119,8 +119,8 @@ std::vector<std::unique_ptr<Buffer>> buffers;
 Buffer* last_buffer = nullptr;
 uint32_t grid_time = 0;
 uint64_t order_seed = 0;
-bool checking = true, known_device = true, tf32 = false;
-int64_t launches = 0, fibres_run = 0, multiply_adds = 0;
+bool checking = true, known_device = true;
+int64_t launches = 0, fibres_run = 0, multiply_adds[2] = {};
 std::vector<std::string> kernels_run;
 
 // Of the launch that is running.
@@ -336,7 +336,6 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 }
 
 bool device_is_known() { return known_device; }
-bool takes_tf32() { return tf32; }
 
 void drop_buffers() {
   buffers.clear();
@@ -346,7 +345,7 @@ void drop_buffers() {
 char* shared_memory() { return blocks[current->block].memory.data(); }
 
 void note_atomic(const void* address, int bytes) { check_access(address, bytes, Kind::atomic); }
-void note_product(int64_t count) { multiply_adds += count; }
+void note_product(int64_t count, bool half) { multiply_adds[half] += count; }
 
 void expect_buffer(const void* address, int64_t bytes, Access access, int64_t granule) {
   const std::lock_guard<std::recursive_mutex> guard(one_at_a_time);
@@ -464,10 +463,9 @@ void cuda_shim_set_order(uint64_t seed) { shim::order_seed = seed; }
 void cuda_shim_set_checks(int on) { shim::checking = on != 0; }
 // Whether the kernels were compiled for the device.
 void cuda_shim_set_known_device(int on) { shim::known_device = on != 0; }
-// Whether products of float32 are those of the matrix units.
-void cuda_shim_set_tf32(int on) { shim::tf32 = on != 0; }
 int64_t cuda_shim_launches() { return shim::launches; }
-int64_t cuda_shim_multiply_adds() { return shim::multiply_adds; }  // of the products that the forms ask torch for
+// Of the products that the forms ask torch for: of float16, or of what is computed in.
+int64_t cuda_shim_multiply_adds(int half) { return shim::multiply_adds[half]; }
 void cuda_shim_forget_kernels() { shim::kernels_run.clear(); }
 // Their names, a line each, into `out`; returns how many bytes that takes.
 int64_t cuda_shim_kernels(char* out, int64_t room) {

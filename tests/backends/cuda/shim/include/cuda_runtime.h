@@ -49,9 +49,8 @@ void sync_warp();
 const uint64_t* exchange(unsigned mask, uint64_t value);
 char* shared_memory();
 bool device_is_known();
-bool takes_tf32();
 void note_atomic(const void* address, int bytes);
-void note_product(int64_t multiply_adds);
+void note_product(int64_t multiply_adds, bool half);
 
 // The kernels may touch these bytes until forget_buffers(), which throws if part of an output was not written.
 // Accesses are told apart by words of `granule` bytes.
