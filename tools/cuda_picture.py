@@ -14,8 +14,12 @@ matplotlib.rcParams["font.sans-serif"] = ["DejaVu Sans", "Verdana", "Arial"]
 INK, BLUE, ORANGE, GREEN, GREY = "#222222", "#3b6fb6", "#d9822b", "#4c9a5b", "#dddddd"
 LITERAL = [
     ("prepare", "a warp a row of logits:\ncopies by row and column,\nsoftmax, cross-entropy", BLUE),
-    ("entropy", "a block 32 x 32 edges;\ncounts them in a\nhistogram", GREEN),
-    ("select", "a block of 1024 a graph:\nthe threshold; another:\nthe batch's totals", GREEN),
+    ("entropy", "a block 32 x 32 edges", GREEN),
+    (
+        "select",
+        "a block of 1024 a graph:\nthe threshold (large graphs:\nafter brackets); another:\nthe batch's totals",
+        GREEN,
+    ),
     ("literal", "a block a vertex:\nits kept edges, their loss,\nits gradient", ORANGE),
     ("finish", "a block 32 x 32 logits:\nboth graphs and the\ncross-entropies", BLUE),
 ]

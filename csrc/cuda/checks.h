@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../stable.h"
+#include "problem.h"
 
 #include <cuda_runtime_api.h>
 
@@ -119,6 +120,13 @@ inline void check_half_level(int64_t half_level, ScalarType computed, bool dense
   STD_TORCH_CHECK(half_level >= 0 && half_level <= most, "operands of the form ", dense ? "dense" : "literal", " in ",
                   torch::headeronly::toString(computed), " have a level of float16 from 0 to ", most, ", not ",
                   half_level);
+}
+
+inline void check_brackets(const std::vector<int64_t>& brackets) {
+  bool sound = brackets.size() % 3 == 0 && brackets.size() <= 3 * kMostBrackets;
+  for (const int64_t x : brackets) sound = sound && x > 0;
+  STD_TORCH_CHECK(sound, "brackets are up to ", kMostBrackets,
+                  " times three positive numbers: the size of a sample, its reach, and the room for what is inside");
 }
 
 inline void check_two(const std::vector<int64_t>& ranks, const std::vector<double>& lerp_weights) {

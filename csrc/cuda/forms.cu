@@ -5,7 +5,6 @@
 #include "entropy.cuh"
 #include "finish.cuh"
 #include "prepare.cuh"
-#include "select.cuh"
 #include "tiles.h"
 
 #include <initializer_list>
@@ -39,9 +38,9 @@ template <class T> void plan_batch(Carver& carver, Problem<T>& p, const Settings
     g.dims = g.depth = k == 0 ? b.classes : b.samples;
     g.student = k == 0 ? b.student_rows : b.student_columns;
     g.teacher = k == 0 ? b.teacher_rows : b.teacher_columns;
-    g.probs = k == 0 ? b.probs : b.probs_columns;
+    g.probs = {k == 0 ? b.probs : b.probs_columns, false};
     // Of the second view where it is side b.
-    if (b.probs != nullptr) g.surprisals = (k == 0 ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth;
+    if (b.probs != nullptr) g.surprisals = {(k == 0 ? b.surprisals : b.surprisals_columns) + g.first_b * g.depth, false};
     for (int view = 0; view < 2; ++view) {
       g.student_views[view] = k == 0 ? b.student[view] : transposed(b.student[view]);
       g.teacher_views[view] = k == 0 ? b.teacher[view] : transposed(b.teacher[view]);
@@ -69,18 +68,20 @@ template <class T> void plan_vectors(Carver& carver, Problem<T>& p, const Settin
     p.output[side].rows = x.count[side], p.output[side].columns = x.dims, p.output[side].by_row = first;
   }
   g.student = student, g.teacher = teacher;
-  g.probs = x.factors[0], g.surprisals = x.factors[1];
+  g.probs = {x.factors[0], false}, g.surprisals = {x.factors[1], false};
 }
 
 template <class T> void plan_graph(Carver& carver, Graph<T>& g, const Settings& settings) {
   g.status = carver.take<Status<T>>(1);
   g.losses = carver.take<double>(g.rows);
+  if (g.levels > 0) g.brackets = carver.take<Bracket>(g.levels);
   g.dense = settings.dense;
   if (g.dense)
     plan_dense(carver, g, settings);
   else if (!g.keep_all) {
     g.entropy = carver.take<T>(g.rows * g.columns);
-    if (g.rows * g.columns > settings.one_block_edges) g.digits = carver.take<unsigned long long>(2 * kDigits);
+    g.entropy_depth = g.depth;
+    plan_brackets(carver, g, true);
   }
   g.grad_ld = g.dense ? g.packed.ld : g.dims;
   if (g.need_grad) g.grad = carver.take<T>(g.vertices * g.grad_ld);
@@ -120,15 +121,13 @@ void run(const Problem<T>& p, const Settings& settings, const Multiply<T>& multi
   const bool ranked = !p.graph[0].keep_all && !settings.dense;  // by the literal form
   launch(prepare_kernel<T>, {prepare_blocks(p)}, stream, p);
   if (ranked) launch(entropy_kernel<T>, {both_graphs(p, entropy_blocks<T>), kEntropyBytes<T>}, stream, p);
-  launch(select_kernel<T>, {1 + (ranked ? p.graphs : 0), kSelectBytes, kRankThreads}, stream, p);
   for (int k = 0; k < p.graphs; ++k) {
-    const Graph<T>& g = p.graph[k];
     if (settings.dense) TiledGraph<T>(p, k, settings, multiply, stream).run();
-    if (!ranked || g.digits == nullptr) continue;
-    Tile<T> whole{};
-    whole.rows = g.rows, whole.columns = whole.entropy_ld = g.columns, whole.entropy = g.entropy;
-    select_by_digits(p, k, stream, [&](int, const auto& count) { count(whole); });
+    const Graph<T>& g = p.graph[k];
+    if (ranked) run_brackets(p, k, stream, [&](const auto& count) { count(whole_tile(g.entropy, g.rows, g.columns)); });
   }
+  if (!settings.dense || p.graph[0].keep_all)
+    launch(exact_kernel<T>, {1 + (ranked ? p.graphs : 0), sizeof(SelectState), kRankThreads}, stream, p, 0);
   if (!settings.dense) launch(literal_kernel<T>, {both_graphs(p, literal_blocks<T>), kLiteralBytes<T>}, stream, p);
   launch(finish_kernel<T>, {finish_blocks(p), kFinishBytes<T>}, stream, p);
 }

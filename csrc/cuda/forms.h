@@ -24,7 +24,6 @@ struct Settings {
   int64_t half_level;            // of the dense form's operands: see HalfLevel
   int64_t tile_edge;             // vertices of a side of a tile of the dense form
   int64_t stored_entropy_bytes;  // of a graph: entropies are stored up to this size, and computed again beyond it
-  int64_t one_block_edges;       // of the literal form: more edges than these are ranked by all blocks
 };
 
 // Element (v, k) of an operand.

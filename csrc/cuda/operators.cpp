@@ -85,6 +85,7 @@ template <class T> void compute(Problem<T>& problem, const Settings& settings, c
 }
 
 struct GraphArguments {
+  const std::vector<int64_t>& brackets;
   int64_t rank;
   double lerp_weight, delta, eps, weight;
   bool keep_all, exclude_self, need_grad;
@@ -94,6 +95,11 @@ template <class T> void describe(Graph<T>& g, int64_t rows, int64_t columns, con
   g.edges = rows * columns - (arguments.exclude_self ? rows : 0);
   g.keep_all = arguments.keep_all || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
   if (!g.keep_all) check_rank(arguments.rank, arguments.lerp_weight, g.edges);
+  g.levels = static_cast<int>(arguments.brackets.size() / 3);
+  for (int k = 0; k < g.levels; ++k) {
+    const int64_t* bracket = &arguments.brackets[3 * k];
+    g.level[k].sample = bracket[0], g.level[k].reach = bracket[1], g.level[k].room = bracket[2];
+  }
   g.exclude_self = arguments.exclude_self, g.need_grad = arguments.need_grad;
   g.rank = arguments.rank, g.lerp_weight = static_cast<T>(arguments.lerp_weight);
   g.delta = static_cast<T>(arguments.delta), g.eps = static_cast<T>(arguments.eps), g.weight = arguments.weight;
@@ -129,18 +135,19 @@ Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const
 Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                         const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank, double lerp_weight,
                         double delta, double eps, bool exclude_self, bool need_grad, bool dense, int64_t half_level,
-                        int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
+                        int64_t tile_edge, int64_t stored_entropy_bytes, const std::vector<int64_t>& brackets) {
   check_graph(a, b, teacher_a, teacher_b, probs_a, probs_b, exclude_self);
   check_settings(delta, eps);
   check_tile_edge(tile_edge);
+  check_brackets(brackets);
   const Tensor student[2] = {a, b}, teacher[2] = {teacher_a, teacher_b};
   const OptionalTensor probs[2] = {probs_a, probs_b};
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
   check_half_level(half_level, type, dense);
   const auto compute = type == ScalarType::Double ? relation_loss<double> : relation_loss<float>;
   return compute(student, teacher, probs,
-                 {rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
-                 {dense, half_level, tile_edge, stored_entropy_bytes, one_block_edges});
+                 {brackets, rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
+                 {dense, half_level, tile_edge, stored_entropy_bytes});
 }
 
 // ---- the loss of a batch -------------------------------------------------------------------------------------------
@@ -211,11 +218,13 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
                    double alpha, double beta, bool ce_real, bool ce_virtual, const std::vector<int64_t>& ranks,
                    const std::vector<double>& lerp_weights, bool keep_all, double delta, double eps, bool complete,
                    double label_smoothing, int64_t ignore_index, bool need_grad, bool dense, int64_t half_level,
-                   int64_t tile_edge, int64_t stored_entropy_bytes, int64_t one_block_edges) {
+                   int64_t tile_edge, int64_t stored_entropy_bytes, const std::vector<int64_t>& brackets_0,
+                   const std::vector<int64_t>& brackets_1) {
   check_views(student_real, student_virtual, teacher_real, teacher_virtual);
   check_settings(delta, eps);
   check_tile_edge(tile_edge);
   check_two(ranks, lerp_weights);
+  for (const auto* brackets : {&brackets_0, &brackets_1}) check_brackets(*brackets);
   const Tensor student[2] = {student_real, student_virtual}, teacher[2] = {teacher_real, teacher_virtual};
   const auto type = compute_type({&student_real, &student_virtual, &teacher_real, &teacher_virtual});
   check_half_level(half_level, type, dense);
@@ -230,11 +239,12 @@ Five cuda_vrm_loss(const Tensor& student_real, const Tensor& student_virtual, co
     }
   }
   const auto graph = [&](int k) {
-    return GraphArguments{ranks[k], lerp_weights[k], delta, eps, k == 0 ? alpha : beta, keep_all, complete, need_grad};
+    return GraphArguments{k == 0 ? brackets_0 : brackets_1, ranks[k], lerp_weights[k], delta, eps,
+                          k == 0 ? alpha : beta, keep_all, complete, need_grad};
   };
   const auto compute = type == ScalarType::Double ? vrm_loss<double> : vrm_loss<float>;
   return compute(student, teacher, ce, complete, {graph(0), graph(1)},
-                 {dense, half_level, tile_edge, stored_entropy_bytes, one_block_edges});
+                 {dense, half_level, tile_edge, stored_entropy_bytes});
 }
 
 std::string cuda_refusal() {
@@ -251,14 +261,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def(
       "cuda_relation_loss(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
       "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, "
-      "int half_level, int tile_edge, int stored_entropy_bytes, int one_block_edges) "
+      "int half_level, int tile_edge, int stored_entropy_bytes, int[] brackets) "
       "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
   m.def(
       "cuda_vrm_loss(Tensor student_real, Tensor student_virtual, Tensor teacher_real, Tensor teacher_virtual, "
       "Tensor? labels, Tensor? class_weight, float alpha, float beta, bool ce_real, bool ce_virtual, int[] ranks, "
       "float[] lerp_weights, bool keep_all, float delta, float eps, bool complete, float label_smoothing, "
       "int ignore_index, bool need_grad, bool dense, int half_level, int tile_edge, int stored_entropy_bytes, "
-      "int one_block_edges) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
+      "int[] brackets_0, int[] brackets_1) -> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CompositeExplicitAutograd, m) {

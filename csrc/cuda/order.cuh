@@ -23,34 +23,6 @@ __device__ __forceinline__ void from_key(uint64_t key, double& x) {
   x = __longlong_as_double(static_cast<long long>(key >> 63 ? key & ~(uint64_t{1} << 63) : ~key));
 }
 
-// Where a rank lies in a histogram, found by a block of kRankThreads: the bin, the rest of the rank among the bin's
-// numbers, and how many those are.
-constexpr int kRankThreads = 1024, kRankWarps = kRankThreads / 32;
-struct Located {
-  int64_t room[kRankWarps];
-  int64_t rest, count;
-  int bin;
-};
-
-// Every thread has OfThread bins beside each other. The caller synchronises before the next call.
-template <int OfThread, class V>
-__device__ __forceinline__ void locate(const V* counts, int bins, int64_t rank, Located& found) {
-  int64_t here[OfThread], mine = 0;
-#pragma unroll
-  for (int k = 0; k < OfThread; ++k) {
-    const int bin = thread_index() * OfThread + k;
-    mine += here[k] = bin < bins ? static_cast<int64_t>(counts[bin]) : 0;
-  }
-  int64_t below = block_sum_before(mine, found.room);
-#pragma unroll
-  for (int k = 0; k < OfThread; ++k) {
-    if (rank >= below && rank < below + here[k])
-      found.bin = thread_index() * OfThread + k, found.rest = rank - below, found.count = here[k];
-    below += here[k];
-  }
-  __syncthreads();
-}
-
 // torch.lerp, whose product and sum are one rounding.
 template <class T> __device__ __forceinline__ T interpolate(T low, T high, T weight) {
   if (weight == T(0)) return low;  // beside an infinity a product would make NaN of it

@@ -137,7 +137,7 @@ constexpr int kAhead = 4;
 template <class T> int64_t pack_blocks(const Graph<T>& g) { return ceil_div(g.vertices, kWarps); }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) pack_kernel(const __grid_constant__ Problem<T> p, int which) {
+__global__ void __launch_bounds__(kThreads, 3) pack_kernel(const __grid_constant__ Problem<T> p, int which) {
   const Graph<T>& g = p.graph[which];
   const Packed<T>& to = g.packed;
   const int64_t v = blockIdx.x * int64_t{kWarps} + warp_index();
@@ -198,7 +198,7 @@ template <class T> __device__ __forceinline__ void split_vertex(const Problem<T>
   const Graph<T>& g = p.graph[which];
   const bool row = v < g.rows;
   if (!row) v -= g.rows;
-  const Operand& to = row ? g.packed.probs : g.packed.surprisals;
+  const Operand& to = row ? g.probs : g.surprisals;
   const int64_t vertex = row ? v : g.first_b + v;
   const int view = vertex >= g.split;
   for (int64_t k = lane_index(); k < g.depth; k += 32) {

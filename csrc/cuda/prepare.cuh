@@ -118,8 +118,7 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2) prepare_kernel
   if (blockIdx.x == 0) {
     for (int k = 0; k < p.graphs; ++k) {
       Status<T>& status = *p.graph[k].status;
-      for (int bin = thread_index(); bin < kBins; bin += kThreads) status.histogram[bin] = 0;
-      if (thread_index() == 0) status.kept = 0, status.nan = status.uncertified = 0;
+      if (thread_index() == 0) status.kept = 0, status.uncertified = 0;
     }
     return;
   }

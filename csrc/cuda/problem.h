@@ -8,8 +8,6 @@
 namespace vrm {
 namespace cuda {
 
-constexpr int kBins = 2048;  // of a histogram of entropies: 11 bits
-
 enum class Dtype { float64,
                    float32,
                    bfloat16,
@@ -29,14 +27,29 @@ template <class T> struct Scales {
 
 // What is found out about a graph on the way.
 template <class T> struct Status {
-  unsigned histogram[kBins];  // of the entropies of the literal form: see bin_of
-  unsigned long long kept;    // edges at or below
+  unsigned long long kept;  // edges at or below
   T threshold;
-  int nan;                    // an entropy is not a number
   Scales<T> scale;
-  int uncertified;            // the last tile of the dense form with edges for the literal stage; 0: none
-  uint64_t prefix[2];         // of the rank's key and of its successor's, so far
-  int64_t rest[2];            // their ranks among the keys with the prefix
+  int uncertified;          // the last tile of the dense form with edges for the literal stage; 0: none
+};
+
+// Two keys of entropies, from a sample, and how many of a source lie below, at and between them. A source is all
+// entropies, or what the bracket before has collected. See select.cuh and vrm_kernels/graph/forms.py.
+enum Where { kBelow,
+             kAtLow,
+             kInside,
+             kAtHigh,
+             kAbove,
+             kCounts };
+struct Bracket {
+  int64_t count[kCounts];
+  uint64_t end[2];  // the first key that counts as at the end
+  int64_t rank;     // the wanted one among the source
+};
+constexpr int kMostBrackets = 6;
+template <class T> struct Level {
+  int64_t sample, reach, room;  // of its bracket: as graph/forms.py says
+  T* collected;                 // [room]: what lies inside
 };
 
 // An operand of the products of the dense form: T, or float16.
@@ -67,8 +80,6 @@ template <class T> struct Packed {
   int64_t coefficient_terms;  // float16 numbers that a coefficient is the sum of
   T coefficient_scale;        // of the coefficients as operands
   End<T>* ends;               // [V]
-  Operand probs, surprisals;  // of the entropy: the graph's own, or [V, 3 K] of two float16 terms
-  int64_t entropy_depth;
   // Working memory.
   int64_t chunks;       // of the vertices, for sums
   T* sums;              // [chunks, 2, D]
@@ -87,7 +98,8 @@ template <class T> struct Graph {
   Input student_views[2], teacher_views[2];
   int64_t split;
   const T *student, *teacher;
-  const T *probs, *surprisals;         // P [M, K], -log(P' + 1e-7) [N, K]; null where float16 operands have them
+  Operand probs, surprisals;           // P [M, K], -log(P' + 1e-7) [N, K]; or [.., 3 K], of two float16 terms
+  int64_t entropy_depth;               // K or 3 K
   bool exclude_self;                   // the edges (i, i) do not exist
   bool keep_all, need_grad;
   int64_t edges;   // how many are ranked,
@@ -97,8 +109,12 @@ template <class T> struct Graph {
   double weight;   // of the graph in the loss
   // Working memory.
   Status<T>* status;
-  T* entropy;      // [M, N]; literal form: NaN where there is no edge
-  unsigned long long* digits;  // [2, kDigits]: see digits.cuh; null: one block selects
+  T* entropy;      // [M, N], null where they are not stored; literal form: NaN where there is no edge
+  int levels;  // of brackets; 0: one block ranks all entropies
+  Level<T> level[kMostBrackets];
+  Bracket* brackets;             // [levels]
+  T* sample;                     // of the largest
+  unsigned long long* counters;  // [kCounters]: see select.cuh; null: entropies are stored
   double* losses;  // [M], of the kept edges of a row; dense form: of those that are not certified
   T* grad;         // [V, grad_ld]: of the sum of the edges' losses; dense form: of the products, see graph_gradient
   int64_t grad_ld;

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "dense.cuh"
-#include "digits.cuh"
 #include "forms.h"
 #include "launch.h"
 #include "literal.cuh"
+#include "select.cuh"
 
 #include <algorithm>
 #include <utility>
@@ -32,16 +32,35 @@ template <class T> void plan_dense(Carver& carver, Graph<T>& g, const Settings& 
   packed.losses = carver.take<double>(dense_tasks(g.rows, g.columns));
 }
 
-// each_tile(pass, count) calls count(tile) for all tiles of the graph, whose entropies are there by then.
+template <class T> void plan_brackets(Carver& carver, Graph<T>& g, bool stored) {
+  if (g.levels == 0) return;
+  int64_t largest = 0;
+  for (int k = 0; k < g.levels; ++k) {
+    largest = std::max(largest, g.level[k].sample);
+    g.level[k].collected = carver.take<T>(g.level[k].room);
+  }
+  g.sample = carver.take<T>(largest);
+  if (!stored) g.counters = carver.take<unsigned long long>(kCounters<T>);
+}
+
+// Numbers that are no part of a larger matrix, as a tile.
+template <class T> Tile<T> whole_tile(T* numbers, int64_t rows, int64_t columns) {
+  Tile<T> tile{};
+  tile.rows = rows, tile.columns = tile.entropy_ld = columns, tile.entropy = numbers;
+  return tile;
+}
+
+// each_tile(count) calls count(tile) for all tiles of the graph, whose entropies are there by then.
 template <class T, class EachTile>
-void select_by_digits(const Problem<T>& p, int which, cudaStream_t stream, const EachTile& each_tile) {
-  const int64_t most = 3 * attribute(cudaDevAttrMultiProcessorCount);
-  for (int pass = 0; pass < kPasses<T>; ++pass) {
-    clear(p.graph[which].digits, 2 * kDigits, stream);
-    each_tile(pass, [&](const Tile<T>& tile) {
-      launch(count_kernel<T>, {count_blocks(tile, most), kCountBytes}, stream, p, which, tile, pass);
-    });
-    launch(advance_kernel<T>, {1, sizeof(AdvanceState), kRankThreads}, stream, p, which, pass);
+void run_brackets(const Problem<T>& p, int which, cudaStream_t stream, const EachTile& each_tile) {
+  const Graph<T>& g = p.graph[which];
+  for (int level = 0; level < g.levels; ++level) {
+    launch(bracket_kernel<T>, {1, sizeof(SelectState), kRankThreads}, stream, p, which, level);
+    const auto count = [&](const Tile<T>& tile) {
+      launch(count_kernel<T>, {ceil_div(tile.rows * tile.columns, kCountOfBlock), kCountBytes}, stream, p, which, level,
+             tile);
+    };
+    level == 0 ? each_tile(count) : count(whole_tile(g.level[level - 1].collected, 1, g.level[level - 1].room));
   }
 }
 
@@ -50,29 +69,35 @@ template <class T> class TiledGraph {
   TiledGraph(const Problem<T>& problem, int which, const Settings& settings, const Multiply<T>& multiply,
              cudaStream_t stream)
       : p_(problem), which_(which), g_(p_.graph[which]), edge_(ceil_div(settings.tile_edge, kTile) * kTile),
-        multiply_(multiply), stream_(stream) {
-    Carver carver(problem.memory);
-    carve(carver, p_.graph[which], base_, settings);
-    stored_ = stores(g_, settings);
-  }
+        settings_(settings), multiply_(multiply), stream_(stream), stored_(stores(g_, settings)) {}
 
   // Bytes that a graph needs while it has its turn.
   static int64_t bytes(Graph<T> g, const Settings& settings) {
-    Carver carver(nullptr);
+    Carver edges(nullptr);
     Tile<T> tile;
-    carve(carver, g, tile, settings);
-    return carver.used();
+    carve_entropies(edges, g, tile, settings);
+    Carver brackets = edges;
+    plan_brackets(brackets, g, stores(g, settings));
+    carve_edges(edges, g, tile, settings);
+    return std::max(edges.used(), brackets.used());
   }
 
   void run() {
-    if (!g_.keep_all) select();
+    Graph<T>& g = p_.graph[which_];
+    Carver carver(p_.memory);
+    carve_entropies(carver, g, base_, settings_);
+    if (!g.keep_all) select(carver);
+    carve_edges(carver, g, base_, settings_);
     launch(sums_kernel<T>, {sums_blocks(g_), 2 * kThreads * int64_t{sizeof(T)}}, stream_, p_, which_);
     launch(means_kernel<T>, {means_blocks(g_), kWarps * int64_t{sizeof(double)}}, stream_, p_, which_);
     launch(pack_kernel<T>, {pack_blocks(g_)}, stream_, p_, which_);
     clear(g_.losses, g_.rows, stream_);
     if (g_.need_grad) clear(g_.grad, g_.vertices * g_.grad_ld, stream_);
     for_each_tile([&](const Tile<T>& tile) {
-      if (!g_.keep_all && !stored_) multiply_entropy(tile);
+      if (!g_.keep_all && !stored_) {
+        multiply_entropy(tile);
+        use_missed(tile, kRounds<T>);
+      }
       multiply_edges(tile);
       launch(dense_kernel<T>, {dense_blocks(tile)}, stream_, p_, which_, tile);
       if (g_.need_grad) multiply_coefficients(tile);
@@ -85,25 +110,29 @@ template <class T> class TiledGraph {
   static int gradient_products(const Graph<T>& g) { return g.packed.coefficient_terms == 2 ? 3 : 1; }
 
   static bool stores(const Graph<T>& g, const Settings& settings) {
-    return g.rows * g.columns * static_cast<int64_t>(sizeof(T)) <= settings.stored_entropy_bytes;
+    return g.levels == 0 || g.rows * g.columns * static_cast<int64_t>(sizeof(T)) <= settings.stored_entropy_bytes;
   }
 
-  static void carve(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
-    Packed<T>& packed = g.packed;
+  static void carve_entropies(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
     const bool half = settings.half_level > kNoHalf;
     const int64_t edge = ceil_div(settings.tile_edge, kTile) * kTile;
     tile = Tile<T>{};
     tile.rows = std::min(g.rows, edge), tile.columns = std::min(g.columns, edge);
     tile.ld = ceil_div(tile.columns, 8) * 8;
-    if (!g.keep_all) {
-      g.digits = carver.take<unsigned long long>(2 * kDigits);
-      tile.entropy_ld = stores(g, settings) ? g.columns : tile.ld;
-      tile.entropy = carver.take<T>((stores(g, settings) ? g.rows : tile.rows) * tile.entropy_ld);
-      packed.entropy_depth = half ? 3 * g.depth : g.depth;
-      packed.probs = {const_cast<T*>(g.probs), false}, packed.surprisals = {const_cast<T*>(g.surprisals), false};
-      if (half) packed.probs = take_operand(carver, g.rows * packed.entropy_depth, true, sizeof(T));
-      if (half) packed.surprisals = take_operand(carver, g.columns * packed.entropy_depth, true, sizeof(T));
-    }
+    if (g.keep_all) return;
+    const bool stored = stores(g, settings);
+    tile.entropy_ld = stored ? g.columns : tile.ld;
+    tile.entropy = carver.take<T>((stored ? g.rows : tile.rows) * tile.entropy_ld);
+    if (stored) g.entropy = tile.entropy;
+    g.entropy_depth = half ? 3 * g.depth : g.depth;
+    if (half) g.probs = take_operand(carver, g.rows * g.entropy_depth, true, sizeof(T));
+    if (half) g.surprisals = take_operand(carver, g.columns * g.entropy_depth, true, sizeof(T));
+  }
+
+  // What the edges' pass needs, where the brackets' memory was.
+  static void carve_edges(Carver& carver, Graph<T>& g, Tile<T>& tile, const Settings& settings) {
+    Packed<T>& packed = g.packed;
+    const bool half = settings.half_level > kNoHalf;
     packed.parts = settings.half_level >= kHalfSumsOfEdges ? 4 : 1;
     for (Operand* x : {&packed.x_s, &packed.x_t, &packed.x_w})
       *x = take_operand(carver, g.vertices * packed.parts * packed.ld, half, sizeof(T));
@@ -121,15 +150,29 @@ template <class T> class TiledGraph {
     tile.products = carver.take<T>(2 * gradient_products(g) * std::max(tile.rows, tile.columns) * width);
   }
 
-  void select() {
+  void select(Carver carver) {
+    plan_brackets(carver, p_.graph[which_], stored_);
     if constexpr (sizeof(T) == 4)
-      if (g_.packed.probs.half) launch(split_kernel<T>, {split_blocks(g_)}, stream_, p_, which_);
-    select_by_digits(p_, which_, stream_, [&](int pass, const auto& count) {
+      if (g_.probs.half) launch(split_kernel<T>, {split_blocks(g_)}, stream_, p_, which_);
+    if (stored_)
+      for_each_tile([&](const Tile<T>& tile) { multiply_entropy(tile); });
+    else
+      launch(sample_kernel<T>, {ceil_div(g_.level[0].sample, kWarps)}, stream_, p_, which_);
+    run_brackets(p_, which_, stream_, [&](const auto& count) {
+      if (stored_) return count(whole_tile(g_.entropy, g_.rows, g_.columns));
       for_each_tile([&](const Tile<T>& tile) {
-        if (!stored_ || pass == 0) multiply_entropy(tile);
+        multiply_entropy(tile);
         count(tile);
       });
     });
+    for (int round = 0; round < kRounds<T> && !stored_; ++round)
+      use_missed(whole_tile<T>(nullptr, g_.rows, g_.columns), round);
+    launch(exact_kernel<T>, {2, sizeof(SelectState), kRankThreads}, stream_, p_, which_);
+  }
+
+  void use_missed(const Tile<T>& tile, int round) {
+    const int64_t blocks = 4 * int64_t{attribute(cudaDevAttrMultiProcessorCount)};
+    launch(missed_kernel<T>, {blocks, kMissedBytes<T>}, stream_, p_, which_, round, tile);
   }
 
   template <class Visit> void for_each_tile(const Visit& visit) {
@@ -150,9 +193,9 @@ template <class T> class TiledGraph {
   static Factor transposed(const Factor& x) { return {x.x, x.first, x.dim_stride, x.vertex_stride}; }
 
   void multiply_entropy(const Tile<T>& tile) {
-    const int64_t depth = g_.packed.entropy_depth;
-    const Factor probs = from(g_.packed.probs, tile.row, depth);
-    const Factor surprisals = from(g_.packed.surprisals, tile.column, depth);
+    const int64_t depth = g_.entropy_depth;
+    const Factor probs = from(g_.probs, tile.row, depth);
+    const Factor surprisals = from(g_.surprisals, tile.column, depth);
     multiply_({tile.entropy, tile.entropy_ld, probs, surprisals, tile.rows, tile.columns, depth});
   }
 
@@ -198,10 +241,11 @@ template <class T> class TiledGraph {
   const int which_;
   const Graph<T>& g_;
   const int64_t edge_;
+  const Settings& settings_;
   const Multiply<T>& multiply_;
   cudaStream_t stream_;
+  const bool stored_;
   Tile<T> base_;
-  bool stored_;
 };
 
 }  // namespace cuda

@@ -117,7 +117,8 @@ def load() -> ctypes.CDLL:
         count.restype = ctypes.c_int64
     library.cuda_shim_set_order.argtypes = [ctypes.c_uint64]
     library.cuda_shim_workspace.restype = ctypes.c_int64
-    library.cuda_shim_workspace.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 4]
+    sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, *[ctypes.c_int64] * 3]
+    library.cuda_shim_workspace.argtypes = [*sizes, ctypes.POINTER(ctypes.c_int64), ctypes.c_int]
     return library
 
 

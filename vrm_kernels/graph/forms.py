@@ -43,6 +43,11 @@ def room(edges: int) -> int:
     return (candidates(edges) * 3 // 2 + 1024 + 15) // 16 * 16
 
 
+def reach(edges: int) -> int:
+    """How many ranks of its sample a bracket reaches on either side, at most."""
+    return int(DEVIATIONS * 0.5 * sample(edges) ** 0.5) + 2
+
+
 def levels(edges: int) -> int:
     """How many brackets, each of what the one before left, until one block can rank what is left."""
     count = 0

@@ -39,7 +39,7 @@ import vrm_kernels.functional as VF
 from vrm_kernels import backends
 from vrm_kernels.backends.contract import LossResult, Sides, Views
 from vrm_kernels.distributed import shares as share_module
-from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph import forms, pruning, selection
 
 # Tiles as small as they get, so that small graphs have many, and border on every side.
 FORMS = {
@@ -48,10 +48,12 @@ FORMS = {
     "launches": ("launches", 32, 0),
     "tiles, entropies stored": ("tiles", 64, 1 << 20),
     "literal": ("literal",),
-    "literal, ranked by all blocks": ("literal", 32, 0, 0),
+    "literal, by brackets": ("literal",),
     "dense": ("dense", 32, 0),
     "dense, entropies stored": ("dense", 64, 1 << 20),
+    "dense, ranked by one block": ("dense", 64, 0),
 }
+IN_ONE_BLOCK = ("literal", "dense, ranked by one block")  # the other new forms narrow small graphs as well
 TWO_TILES = (33, 34)  # of 32 vertices, on either side of either graph
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -78,6 +80,8 @@ def set_form(monkeypatch, form):
     from vrm_kernels.backends.cuda import backend as cuda_backend
 
     monkeypatch.setattr(cuda_backend, "TUNING", cuda_backend.Tuning(*FORMS[form]))
+    monkeypatch.setattr(forms, "SELECT_EDGES", 2**16 if form in IN_ONE_BLOCK else 256)
+    monkeypatch.setattr(forms, "SMALLEST_SAMPLE", 256)
 
 
 # Of the parity suite's tests, those about what the forms have in common run in the faster one alone.
@@ -209,8 +213,8 @@ def test_every_kernel_is_run(host, monkeypatch):
     host.cuda_shim_forget_kernels()
     for form, dtype in itertools.product(FORMS, (torch.float32, torch.float64)):
         set_form(monkeypatch, form)
-        evaluate(cuda_host.NAME, make_logits(Case((9, 6)), dtype, seed=0))
-    evaluate(cuda_host.NAME, make_logits(Case((9, 6)), torch.bfloat16, seed=0))  # in the form dense
+        evaluate(cuda_host.NAME, make_logits(Case((20, 6)), dtype, seed=0))
+    evaluate(cuda_host.NAME, make_logits(Case((20, 6)), torch.bfloat16, seed=0))  # in the form dense
     names = cuda_host.kernels_run(host)
     steps = [f"steps::step_kernel<{{}}, (vrm::cuda::steps::Step){k}>" for k in range(len(STEPS))]
     new = [f"{name}_kernel<{{}}>" for name in KERNELS]
@@ -379,42 +383,79 @@ def test_an_unknown_form_is_refused(host, monkeypatch):
         evaluate(cuda_host.NAME, logits)
 
 
-def _given_entropies(form, entropy_of, rank, weight):
+def _given_entropies(entropy_of, rank, weight):
     """How many of -log(q + 1e-7) are kept, on the operators themselves: with one class and P = 1 that is an entropy."""
+    from vrm_kernels.backends.cuda import backend as cuda_backend
+
     ones, x = torch.ones(1, 1, dtype=entropy_of.dtype), torch.randn(len(entropy_of), 1, dtype=entropy_of.dtype)
     arguments = ones, x, ones, x, ones, entropy_of[:, None], rank, weight, 1.0, 1e-7, False, False
-    tuning = FORMS[form]
-    if tuning[0] == "tiles":
-        return int(torch.ops.vrm_kernels.cuda_relation_graph(*arguments, *tuning)[-1])
-    one_block = 0 if form == "literal, ranked by all blocks" else 2**18
-    staged = tuning[0] == "dense", 0, 64, 0, one_block
-    return int(torch.ops.vrm_kernels.cuda_relation_loss(*arguments, *staged)[-1])
+    form, *sizes = cuda_backend.TUNING
+    if form == "tiles":
+        return int(torch.ops.vrm_kernels.cuda_relation_graph(*arguments, form, *sizes)[-1])
+    new = form == "dense", 0, *sizes, cuda_backend._brackets(len(x))
+    return int(torch.ops.vrm_kernels.cuda_relation_loss(*arguments, *new)[-1])
 
 
-SELECTIONS = pytest.mark.parametrize("form", ["tiles", "literal", "literal, ranked by all blocks", "dense"])
+def _assert_kept(q, percentile):
+    entropy = -pruning.log_probs(q)
+    rank, weight = pruning.rank(percentile / 100, q.numel(), q.dtype)
+    expected = entropy <= torch.quantile(entropy, torch.tensor(percentile / 100, dtype=q.dtype))
+    assert _given_entropies(q, rank, weight) == int(expected.sum())
+
+
+NEW_SELECTIONS = ["literal", "literal, by brackets", "dense", "dense, entropies stored", "dense, ranked by one block"]
+SELECTIONS = pytest.mark.parametrize("form", ["tiles", *NEW_SELECTIONS])
 
 
 @FLOATS
 @SELECTIONS
-def test_the_kept_edges_are_those_below_torchs_quantile(host, form, dtype):
+def test_the_kept_edges_are_those_below_torchs_quantile(host, monkeypatch, form, dtype):
+    set_form(monkeypatch, form)
     q = torch.cat([torch.rand(400), torch.rand(50).round(), torch.zeros(30), 1e-7 * torch.rand(20)]).to(dtype)
-    entropy = -pruning.log_probs(q)
     for percentile in (0.0, 0.1, 30.0, 50.0, 77.7, 99.9, 100.0):
-        rank, weight = pruning.rank(percentile / 100, q.numel(), dtype)
-        expected = entropy <= torch.quantile(entropy, torch.tensor(percentile / 100, dtype=dtype))
-        assert _given_entropies(form, q, rank, weight) == int(expected.sum())
+        _assert_kept(q, percentile)
 
 
 @SELECTIONS
 @pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-3])
-def test_entropies_that_are_nearly_equal(host, form, spread):
-    """An untrained student's: more of one bin than the block of the form literal has room for."""
+def test_entropies_that_are_nearly_equal(host, monkeypatch, form, spread):
+    """An untrained student's."""
+    set_form(monkeypatch, form)
     host.cuda_shim_set_checks(0)
-    q = 0.01 * (1 + spread * torch.rand(25_000 if form == "literal" else 2_000))
-    entropy = -pruning.log_probs(q)
-    rank, weight = pruning.rank(0.3, q.numel(), q.dtype)
-    expected = entropy <= torch.quantile(entropy, 0.3)
-    assert _given_entropies(form, q, rank, weight) == int(expected.sum())
+    _assert_kept(0.01 * (1 + spread * torch.rand(3_000)), 30.0)
+
+
+@FLOATS
+@pytest.mark.parametrize("plant", ["missed", "too many", "second missed"])
+@pytest.mark.parametrize("form", ["literal, by brackets", "dense", "dense, entropies stored"])
+def test_a_bracket_that_misses_and_one_that_overflows(host, monkeypatch, form, plant, dtype):
+    """The sampled entropies are larger than all others, or as if drawn from a much wider distribution."""
+    set_form(monkeypatch, form)
+    n = 1500
+    if plant == "too many":
+        monkeypatch.setattr(forms, "room", lambda edges: 300)
+    sampled = torch.arange(256) * 2654435761 % n
+    q = 0.3 + 0.01 * torch.rand(n, dtype=dtype)
+    q[sampled] = torch.rand(256, dtype=dtype) if plant == "too many" else q[sampled]
+    if plant == "missed":
+        q[sampled] /= 2
+    elif plant == "second missed":  # its source lies in no order that is known: too many of the same
+        q[torch.randperm(n)[: n // 2]] = 0.305
+    for percentile in (30.0, 61.0):
+        _assert_kept(q, percentile)
+
+
+@FLOATS
+def test_entropies_that_only_differ_by_rounding(host, monkeypatch, dtype):
+    """Those of a student without a preference. Where they are not stored, the products round them in another way than
+    the sample. As many are kept as should be, and as are equal to the threshold."""
+    set_form(monkeypatch, "dense")
+    host.cuda_shim_set_checks(0)
+    views = make_logits(Case((64, 160)), dtype, seed=0)
+    views[:2] = [x * (1e-4 if dtype == torch.float32 else 2e-8) for x in views[:2]]
+    result = backends.REGISTRY[cuda_host.NAME].load().vrm_loss(Views(*views), None, None, RELATIONS_ALONE, True)
+    for kept, edges in zip(result.kept.tolist(), (64**2, 160**2), strict=True):
+        assert 0.3 * edges <= kept < 0.38 * edges
 
 
 def test_a_device_that_the_binary_was_built_for_is_not_refused(module):
@@ -630,7 +671,10 @@ def test_working_memory_of_65536_by_1000(host, half_level, gigabytes):
     """What docs/cuda.md says, counted by the layout itself."""
     from vrm_kernels.backends.cuda import backend as cuda_backend
 
-    used = host.cuda_shim_workspace(65536, 1000, True, half_level, *cuda_backend.TUNING[1:])
+    brackets = cuda_backend._brackets(65536**2)
+    numbers = (ctypes.c_int64 * len(brackets))(*brackets)
+    sizes = True, half_level, *cuda_backend.TUNING[1:]
+    used = host.cuda_shim_workspace(65536, 1000, *sizes, numbers, len(brackets) // 3)
     assert used == pytest.approx(gigabytes * 1e9, rel=0.01)
     page = (cuda_host.ROOT / "docs" / "cuda.md").read_text()
     assert f"{gigabytes} GB" in page[page.index("**Memory** of dense") : page.index("**The threshold**")]
@@ -680,6 +724,9 @@ BAD_ARGUMENTS = [
     ({"ranks": [16, 0]}, "rank of a threshold among 16 entropies is 16"),
     ({"ranks": [0]}, "a rank and a weight for each of two graphs, not 1 and 2"),
     ({"tile_edge": 0}, "edge of a tile must be positive, not 0"),
+    ({"brackets_1": [64, 20]}, "brackets are up to 6 times three positive numbers"),
+    ({"brackets_0": 7 * [64, 20, 30]}, "brackets are up to 6 times three positive numbers"),
+    ({"brackets_0": [64, 20, 0]}, "brackets are up to 6 times three positive numbers"),
     ({"half_level": 4, "dense": True}, "form dense in Float have a level of float16 from 0 to 3, not 4"),
     ({"half_level": 1}, "form literal in Float have a level of float16 from 0 to 0, not 1"),
     (
@@ -697,7 +744,7 @@ def test_the_operator_refuses(host, wrong, message):
         "labels": torch.zeros(4, dtype=torch.int64), "class_weight": None, "alpha": 1.0, "beta": 1.0, "ce_real": True,
         "ce_virtual": True, "ranks": [4, 4], "lerp_weights": [0.0, 0.0], "keep_all": False, "delta": 1.0, "eps": 1e-7,
         "complete": False, "label_smoothing": 0.0, "ignore_index": -100, "need_grad": True, "dense": False,
-        "half_level": 0, "tile_edge": 32, "stored_entropy_bytes": 0, "one_block_edges": 0,
+        "half_level": 0, "tile_edge": 32, "stored_entropy_bytes": 0, "brackets_0": [], "brackets_1": [],
     }  # fmt: skip
     torch.ops.vrm_kernels.cuda_vrm_loss(**arguments)
     with pytest.raises(RuntimeError, match=message):
@@ -731,7 +778,7 @@ NOT_A_GRAPH = [
 
 
 @pytest.mark.parametrize(
-    ("name", "tuning"), [("cuda_relation_loss", (False, 0, 32, 0, 0)), ("cuda_relation_graph", ("tiles", 32, 0))]
+    ("name", "tuning"), [("cuda_relation_loss", (False, 0, 32, 0, [])), ("cuda_relation_graph", ("tiles", 32, 0))]
 )
 def test_the_operators_of_one_graph_refuse(host, name, tuning):
     operator, good = getattr(torch.ops.vrm_kernels, name), (*GRAPH, 2, 0.0, 1.0, 1e-7, False, True, *tuning)

@@ -45,7 +45,6 @@ class Tuning(NamedTuple):
     form: str = "auto"
     tile_edge: int = 2048  # vertices of a side of a tile of a large graph
     stored_entropy_bytes: int = 256 << 20  # of one graph; beyond, entropies are recomputed
-    one_block_edges: int = 2**18  # of a graph in the form "literal"; more are ranked by all blocks
 
 
 TUNING = Tuning()
@@ -57,7 +56,16 @@ def _staged(vectors: Sequence[Tensor], graphs: Sequence[tuple[int, int, int]], p
         return None
     form = forms.form(graphs, percentile) if TUNING.form == "staged" else TUNING.form
     dense = form == "dense"
-    return dense, _float16_level(vectors) if dense else 0, *TUNING[1:]
+    return dense, _float16_level(vectors) if dense else 0, *TUNING[1:], *(_brackets(m * n) for m, n, _ in graphs)
+
+
+def _brackets(edges: int) -> list[int]:
+    """The sample, the reach and the room of each bracket of a selection, one after the other."""
+    found = []
+    for _ in range(forms.levels(edges)):
+        found += [forms.sample(edges), forms.reach(edges), forms.room(edges)]
+        edges = forms.room(edges)
+    return found
 
 
 def _float16_level(vectors: Sequence[Tensor]) -> int:
