@@ -26,9 +26,8 @@ template <class T> void plan_batch(Carver& carver, Problem<T>& p, const Settings
   if (!settings.dense) take({&b.student_rows, &b.teacher_rows, &b.student_columns, &b.teacher_columns}, size);
   if (pruned && settings.half_level == kNoHalf)
     take({&b.probs, &b.surprisals, &b.probs_columns, &b.surprisals_columns}, size);
-  if (pruned || b.cross_entropy[0] || b.cross_entropy[1]) take({&b.peaks, &b.sums}, 2 * b.samples);
   b.ce_losses = carver.take<double>(2 * b.samples);
-  take({&b.ce_weights, &b.ce_targets, &b.poison}, 2 * b.samples);
+  take({&b.peaks, &b.sums, &b.ce_weights, &b.ce_targets, &b.poison}, 2 * b.samples);
   for (int k = 0; k < 2; ++k) {
     Graph<T>& g = p.graph[k];
     const int64_t count = k == 0 ? b.samples : b.classes;

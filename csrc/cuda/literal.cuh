@@ -13,21 +13,17 @@ namespace cuda {
 // One vertex and the range of vertices on the other side of its edges.
 template <class T, bool Dense> struct Vertex {
   const Graph<T>& g;
-  bool column;                       // of the side b
+  bool column;  // of the side b
   int64_t index, others, first_other;
 
   // Vectors, whose elements are [k].
-  __device__ auto student(int64_t v) const {
+  __device__ auto student(int64_t v) const { return vector(g.student, g.student_views, v); }
+  __device__ auto teacher(int64_t v) const { return vector(g.teacher, g.teacher_views, v); }
+  __device__ auto vector(const T* copies, const Input (&views)[2], int64_t v) const {
     if constexpr (Dense)
-      return student_of(g, v);
+      return vector_of(g, views, v);
     else
-      return g.student + v * g.dims;
-  }
-  __device__ auto teacher(int64_t v) const {
-    if constexpr (Dense)
-      return teacher_of(g, v);
-    else
-      return g.teacher + v * g.dims;
+      return copies + v * g.dims;
   }
 };
 

@@ -37,37 +37,32 @@ template <class T> __device__ __forceinline__ void prepare_sample(const Batch<T>
     poison += poison_of(s) + poison_of(t);
     peak = s > peak ? s : peak;
   }
-  if (b.peaks != nullptr) {
-    peak = warp_max(peak);
-    T sum = 0;
-    for (int64_t c = lane_index(); c < b.classes; c += 32) sum += exp(student[c] - peak);
-    sum = warp_sum(sum);
-    const Target<T> target(b, row);
-    if (b.cross_entropy[view] && !target.exists()) poison = kNotANumber<T>;
-    const T log_sum = log(sum);
-    T loss = 0, targets = 0;
-    for (int64_t c = lane_index(); c < b.classes; c += 32) {
-      if (b.probs != nullptr) {
-        const T p = exp(student[c] - peak) / sum;
-        b.probs[first + c] = p;
-        b.surprisals[first + c] = -log(p + static_cast<T>(kEntropyEps));
-      }
-      if (!b.cross_entropy[view]) continue;
-      const T wanted = target(c);
-      targets += wanted;
-      if (wanted != T(0)) loss -= wanted * (student[c] - peak - log_sum);
+  peak = warp_max(peak);
+  T sum = 0;
+  for (int64_t c = lane_index(); c < b.classes; c += 32) sum += exp(student[c] - peak);
+  sum = warp_sum(sum);
+  const Target<T> target(b, row);
+  if (b.cross_entropy[view] && !target.exists()) poison = kNotANumber<T>;
+  const T log_sum = log(sum);
+  T loss = 0, targets = 0;
+  for (int64_t c = lane_index(); c < b.classes; c += 32) {
+    if (b.probs != nullptr) {
+      const T p = exp(student[c] - peak) / sum;
+      b.probs[first + c] = p;
+      b.surprisals[first + c] = -log(p + static_cast<T>(kEntropyEps));
     }
-    loss = warp_sum(loss);
-    targets = warp_sum(targets);
-    if (lane_index() == 0) {
-      b.peaks[all] = peak, b.sums[all] = sum;
-      b.ce_losses[all] = static_cast<double>(loss);
-      b.ce_targets[all] = targets;
-      b.ce_weights[all] = b.cross_entropy[view] ? target.weight() : T(0);
-    }
+    if (!b.cross_entropy[view]) continue;
+    const T wanted = target(c);
+    targets += wanted;
+    if (wanted != T(0)) loss -= wanted * (student[c] - peak - log_sum);
   }
+  loss = warp_sum(loss);
+  targets = warp_sum(targets);
   poison = warp_sum(poison);
-  if (lane_index() == 0) b.poison[all] = poison;
+  if (lane_index() != 0) return;
+  b.peaks[all] = peak, b.sums[all] = sum, b.poison[all] = poison;
+  b.ce_losses[all] = static_cast<double>(loss), b.ce_targets[all] = targets;
+  b.ce_weights[all] = b.cross_entropy[view] ? target.weight() : T(0);
 }
 
 // The softmax of what prepare has summed up.
