@@ -19,7 +19,6 @@ import vrm_kernels.functional as VF
 from benchmarks.harness import environment, records
 from benchmarks.harness.problem import ALPHA, BETA, PERCENTILE, Case, make_inputs
 from benchmarks.report import table
-from vrm_kernels.distributed import loss as distributed
 from vrm_kernels.distributed.collectives import Group
 from vrm_kernels.graph import selection
 
@@ -44,7 +43,8 @@ def bytes_received(world: int, batch: int, classes: int, itemsize: int = 4) -> i
     own = classes // world  # columns
     gathered = 2 * others * classes * itemsize + others * own * (2 * itemsize + 4)
     gradients = others * (classes + own) * 4
-    counts = 2 * 2 * 8 * sum(2**bits for bits in selection.NARROW_DIGITS[4])
+    # Where a bracket is taken, a sample and counts take as much as the first digit and half of the second.
+    counts = 2 * 2 * 8 * sum(2**bits for _, bits in selection.digits(32))
     return gathered + gradients + counts
 
 
@@ -79,12 +79,12 @@ def _worker(rank: int, world: int, folder: str, batch: int, classes: int, repeat
         real, virtual, teacher_real, teacher_virtual = (x.detach()[: batch // world] for x in part)
         rows = [group.start_gather_rows(x) for x in (virtual, teacher_virtual)]
         columns = [group.start_swap_columns(x) for x in (real, real, teacher_real)]
-        for bits in selection.NARROW_DIGITS[4]:
+        for _, bits in selection.digits(32):
             group.sum(torch.zeros(2, 2, 2**bits, dtype=torch.int64), "")
         rows, columns = ([wait() for wait in waits] for waits in (rows, columns))
         for wait in (group.start_return_columns(columns[0], real.clone()), group.start_sum_rows(rows[0])):
             wait()
-        group.sum(torch.zeros(distributed.RELATION_TERMS + 3, dtype=torch.float64), "")
+        group.sum(torch.zeros(5, dtype=torch.float64), "")
 
     loss = step()  # verified against one process on the whole batch
     if rank == 0:

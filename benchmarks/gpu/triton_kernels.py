@@ -233,9 +233,7 @@ def _make_share(backend: TritonBackend, call: Call, a, b, teacher_a, teacher_b) 
     entropy = None
     if call.percentile < 100:
         entropy = backend.entropy_of_logs(a[own], b)
-        shift = 8 * call.dtype.itemsize
-        for bits in selection.NARROW_DIGITS[call.dtype.itemsize]:
-            shift -= bits
+        for shift, bits in selection.digits(8 * call.dtype.itemsize):
             backend.count_digits(entropy, torch.empty(2, dtype=torch.int64, device="meta"), shift, bits)
     numbers = (torch.empty((), dtype=dtype, device="meta") for dtype in (call.dtype, torch.int64))
     grads = [torch.empty_like(x) for x in (a[own], b)] if call.need_grad else ()

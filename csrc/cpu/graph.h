@@ -105,6 +105,15 @@ template <class T> struct SoftmaxRow {
   T* grad;       // overwritten: zeros without a cross-entropy
 };
 
+// How many of some values lie below a bracket and at its ends; where the ends are equal, at_high is 0.
+struct Outside {
+  int64_t below = 0, at_low = 0, at_high = 0;
+  Outside& operator+=(const Outside& other) {
+    below += other.below, at_low += other.at_low, at_high += other.at_high;
+    return *this;
+  }
+};
+
 template <class T> struct Kernels {
   int64_t panel_rows, panel_columns;  // of the register tile of entropy_rows
 
@@ -129,8 +138,9 @@ template <class T> struct Kernels {
   // Completes the gradient of vertices [begin, end) and adds it to out, where vertex `begin` is the first.
   void (*unpack_grad)(const Graph<T>& g, const Side<T>& side, int64_t begin, int64_t end, T* out,
                       int64_t vertex_stride, int64_t dim_stride);
-  // Counts the values below `low` among n, and appends those in [low, high] to `found`, up to `room` of them.
-  int64_t (*split)(const T* x, int64_t n, T low, T high, T* found, int64_t room, int64_t* n_found);
+  // Counts the values among n that are less than `low` or equal to an end, and appends those strictly between the ends
+  // to `found`, up to `room` of them; NaN counts as between.
+  Outside (*split)(const T* x, int64_t n, T low, T high, T* found, int64_t room, int64_t* n_found);
 };
 
 // The fastest kernels this processor runs, or those of `isa` ("avx512", "avx2", "portable") set by select_isa.

@@ -149,6 +149,22 @@ Tensor cpu_count_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, 
   return counts;
 }
 
+template <class T> std::tuple<Tensor, Tensor> split(const Tensor& x, double low, double high) {
+  std::vector<T> found;
+  const Outside outside = split_matrix(x.const_data_ptr<T>(), x.size(0), x.size(1), x.stride(0), static_cast<T>(low),
+                                       static_cast<T>(high), found);
+  const Tensor counts = empty_like<int64_t>(x, {3}), inside = empty_like<T>(x, {static_cast<int64_t>(found.size())});
+  int64_t* const out = counts.mutable_data_ptr<int64_t>();
+  out[0] = outside.below, out[1] = outside.at_low, out[2] = outside.at_high;
+  std::copy(found.begin(), found.end(), inside.mutable_data_ptr<T>());
+  return {counts, inside};
+}
+
+std::tuple<Tensor, Tensor> cpu_split(const Tensor& x, double low, double high) {
+  const Tensor rows = x.stride(1) == 1 ? x : torch::stable::contiguous(x);
+  return (rows.scalar_type() == ScalarType::Double ? split<double> : split<float>)(rows, low, high);
+}
+
 template <class T>
 Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
                       const OptionalTensor& probs, const OptionalTensor& logs, const OptionalTensor& entropy,
@@ -348,6 +364,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
       "-> (Tensor loss, Tensor grad_real, Tensor grad_virtual, Tensor terms, Tensor kept)");
   m.def("cpu_joint_entropy(Tensor probs_a, Tensor log_probs_b) -> Tensor");
   m.def("cpu_count_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
+  m.def("cpu_split(Tensor x, float low, float high) -> (Tensor outside, Tensor inside)");
   m.def(
       "cpu_relation_share(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, "
       "Tensor? log_probs_b, Tensor? entropy, Tensor(a!) grad_a, Tensor(b!) grad_b, float threshold, int kept, "
@@ -365,6 +382,7 @@ STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CPU, m) {
   m.impl("cpu_vrm_loss", TORCH_BOX(&vrm::cpu_vrm_loss));
   m.impl("cpu_joint_entropy", TORCH_BOX(&vrm::cpu_joint_entropy));
   m.impl("cpu_count_digits", TORCH_BOX(&vrm::cpu_count_digits));
+  m.impl("cpu_split", TORCH_BOX(&vrm::cpu_split));
   m.impl("cpu_relation_share", TORCH_BOX(&vrm::cpu_relation_share));
   m.impl("cpu_quantile", TORCH_BOX(&vrm::cpu_quantile));
 }

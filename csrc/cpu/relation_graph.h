@@ -81,6 +81,10 @@ template <class T>
 void count_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, int64_t prefix, int shift, int bits,
                   int64_t* counts);
 
+// Where the values of x [rows, columns] lie to a bracket: how many are outside of it, and those inside, in any order.
+template <class T>
+Outside split_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, T low, T high, std::vector<T>& inside);
+
 // Exact order statistics (sorted[rank], sorted[rank + 1]) of a contiguous array; NaN if any value is.
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high);
 

@@ -14,7 +14,7 @@ void count_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, int
     team.for_each(parts, [&](int64_t part) {
       std::vector<int32_t> few(kCountSets * size, 0);
       const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-      const int64_t most = std::max<int64_t>(1, (int64_t{1} << 30) / columns);  // rows that cannot overflow a count
+      const int64_t most = (int64_t{1} << 30) / std::max<int64_t>(1, columns) + 1;  // rows that cannot overflow a count
       for (int64_t i = begin; i < end; ++i) {
         count_digits(x + i * stride, columns, prefix, shift, bits, few.data());
         if (i + 1 < end && (i + 1 - begin) % most != 0) continue;
@@ -25,6 +25,22 @@ void count_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, int
   });
   for (const auto& of_part : partial)
     for (int64_t d = 0; d < size; ++d) counts[d] += of_part[d];
+}
+
+template <class T>
+Outside split_matrix(const T* x, int64_t rows, int64_t columns, int64_t stride, T low, T high, std::vector<T>& inside) {
+  Stream<T> stream;
+  stream.n = rows * columns;
+  stream.parts = std::max<int64_t>(1, std::min({num_threads(), rows, stream.n >> 14}));
+  stream.visit_part = [&](int64_t part, const Run<T>& visit) {
+    for (int64_t i = rows * part / stream.parts; i < rows * (part + 1) / stream.parts; ++i)
+      visit(x + i * stride, columns);
+  };
+  Selection<T> selection;
+  selection.bracket_low = low, selection.bracket_high = high;
+  Team::run(stream.parts, [&](Team& team) { split(team, stream, stream.n, selection); });
+  inside = std::move(selection.split.inside);
+  return selection.split.outside;
 }
 
 template <class T> void order_statistics(const T* x, int64_t n, int64_t rank, T* low, T* high) {
@@ -55,6 +71,8 @@ template <class T> T lerp(T low, T high, double weight) {
 
 template void count_matrix(const float*, int64_t, int64_t, int64_t, int64_t, int, int, int64_t*);
 template void count_matrix(const double*, int64_t, int64_t, int64_t, int64_t, int, int, int64_t*);
+template Outside split_matrix(const float*, int64_t, int64_t, int64_t, float, float, std::vector<float>&);
+template Outside split_matrix(const double*, int64_t, int64_t, int64_t, double, double, std::vector<double>&);
 template void order_statistics(const float*, int64_t, int64_t, float*, float*);
 template void order_statistics(const double*, int64_t, int64_t, double*, double*);
 template float lerp(float, float, double);

@@ -1,9 +1,8 @@
 // Exact order statistics without sorting and without a second copy of the data.
 //
 // The values come as a stream that can be replayed (stored, or recomputed bit for bit). A sample brackets the wanted
-// rank; one pass then counts what lies below the bracket and collects the few values inside it. Where the bracket
-// missed, or ties fill it, passes over 16-bit digits of order-preserving integer keys find the values instead: also
-// exact.
+// rank; one pass then counts what lies below the bracket and at its ends, and collects the few values inside it. Where
+// the bracket missed, passes over 16-bit digits of order-preserving integer keys find the values instead: also exact.
 #pragma once
 
 #include "graph.h"
@@ -33,16 +32,22 @@ template <class T> struct Stream {
   std::function<T(uint64_t draw)> sample;  // a value chosen by 64 random bits; close to the stream's is enough
 };
 
+// Where the values of a stream, or of a part of it, lie to a bracket.
+template <class T> struct Split {
+  Outside outside;
+  std::vector<T> inside;
+  int64_t n_inside = 0;  // more than `inside` has where there was no room
+};
+
 // Two neighbouring order statistics, and what a team shares on the way to them.
 template <class T> struct Selection {
   T low, high;  // sorted[rank], sorted[min(rank + 1, n - 1)]; NaN if any value is
-  int64_t below = 0;     // values below the bracket ...
-  std::vector<T> found;  // ... and the values inside it; empty if the digit passes were needed
-  bool done = false;
+  bool bracketed = false;  // whether both were found by the bracket, and `split` is whole
 
   T bracket_low, bracket_high;
+  Split<T> split;
+  std::vector<Split<T>> split_by_part;
   std::vector<T> sample;
-  std::vector<std::vector<T>> found_by_part;
   std::vector<int64_t> counts;
   std::vector<std::vector<int64_t>> digit_counts;
   uint64_t prefix;  // digits found so far, and the rank among the values that begin with them
@@ -86,18 +91,6 @@ inline int64_t to_signed_key(double x) {
   std::memcpy(&s, &x, sizeof(x));
   return s ^ ((s >> 63) & 0x7fffffffffffffff);
 }
-inline float from_signed_key(int32_t s) {
-  float x;
-  s ^= (s >> 31) & 0x7fffffff;
-  std::memcpy(&x, &s, sizeof(x));
-  return x;
-}
-inline double from_signed_key(int64_t s) {
-  double x;
-  s ^= (s >> 63) & 0x7fffffffffffffff;
-  std::memcpy(&x, &s, sizeof(x));
-  return x;
-}
 
 // Counts in counts[digit] the values whose key has `prefix` above the digit, or all values where nothing is above. The
 // digit is the `bits` bits of the key from `shift` on; n < 2^31. Neighbours often share a digit, and an increment must
@@ -106,29 +99,13 @@ constexpr int64_t kCountSets = 4;
 template <class T>
 void count_digits(const T* x, int64_t n, int64_t prefix, int shift, int bits, int32_t* counts) {
   using Key = decltype(to_signed_key(T()));
-  const Key size = Key{1} << bits, mask = size - 1;
-  if (shift + bits == static_cast<int>(sizeof(T)) * 8) {
-    const Key top = size / 2;  // the sign: negative keys come first
-    int64_t k = 0;
-    for (; k + kCountSets <= n; k += kCountSets)
-      for (int s = 0; s < kCountSets; ++s) ++counts[s * size + (((to_signed_key(x[k + s]) >> shift) & mask) ^ top)];
-    for (; k < n; ++k) ++counts[((to_signed_key(x[k]) >> shift) & mask) ^ top];
-    return;
-  }
-  const Key wanted = static_cast<Key>(prefix);
-  const int rest = shift + bits;
-  // The floats with the prefix lie between two; a bound that is NaN lets everything pass, and the key decides.
-  const Key first = static_cast<Key>(static_cast<std::make_unsigned_t<Key>>(wanted) << rest);
-  const T low = from_signed_key(first), high = from_signed_key(static_cast<Key>(first | ((Key{1} << rest) - 1)));
-  constexpr int64_t piece = 1024;
-  T found[piece + kAlignBytes];  // split() stores whole registers
-  for (int64_t begin = 0; begin < n; begin += piece) {
-    int64_t n_found = 0;
-    kernels<T>().split(x + begin, std::min(piece, n - begin), low, high, found, piece, &n_found);
-    for (int64_t k = 0; k < n_found; ++k) {
-      const Key key = to_signed_key(found[k]);
-      counts[(k % kCountSets) * size + ((key >> shift) & mask)] += (key >> rest) == wanted;
-    }
+  const Key size = Key{1} << bits, mask = size - 1, wanted = static_cast<Key>(prefix);
+  const int above = shift + bits;
+  const bool leading = above == static_cast<int>(sizeof(T)) * 8;
+  const Key flip = leading ? size / 2 : 0;  // the sign: negative keys come first
+  for (int64_t k = 0; k < n; ++k) {
+    const Key key = to_signed_key(x[k]);
+    counts[(k % kCountSets) * size + (((key >> shift) & mask) ^ flip)] += leading || (key >> above) == wanted;
   }
 }
 
@@ -183,7 +160,7 @@ void select_by_digits(Team& team, const Stream<T>& stream, int64_t rank, Selecti
 }
 
 // Finds two values between which sorted[rank] of n values very likely lies, from a sample of them, which it reorders.
-template <class T> std::pair<T, T> bracket(std::vector<T>& sample, int64_t rank, double n, double* share) {
+template <class T> std::pair<T, T> bracket(std::vector<T>& sample, int64_t rank, double n) {
   // A sample of m is wrong by about sqrt(m p (1 - p)) positions; four of those are rarely exceeded.
   const double m = static_cast<double>(sample.size()), p = static_cast<double>(rank) / n;
   const int64_t slack = 2 + static_cast<int64_t>(4 * std::sqrt(m * p * (1 - p))), centre = static_cast<int64_t>(p * m);
@@ -191,7 +168,6 @@ template <class T> std::pair<T, T> bracket(std::vector<T>& sample, int64_t rank,
     std::nth_element(sample.begin(), sample.begin() + k, sample.end());
     return sample[k];
   };
-  *share = 2.0 * static_cast<double>(slack) / m;
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const int64_t size = static_cast<int64_t>(sample.size());
   return {centre - slack < 0 ? -infinity : order_statistic(centre - slack),
@@ -204,20 +180,50 @@ template <class T> std::pair<T, T> select_pair(std::vector<T> values, int64_t ra
   while (values.size() > few) {
     std::vector<T> sample(few / 2);
     for (size_t s = 0; s < sample.size(); ++s) sample[s] = values[mix(s) % values.size()];
-    double share;
-    const auto [low, high] = bracket(sample, rank, static_cast<double>(values.size()), &share);
+    const auto [low, high] = bracket(sample, rank, static_cast<double>(values.size()));
     std::vector<T> inside(values.size() + kAlignBytes);
     int64_t n = 0;
     const int64_t size = static_cast<int64_t>(values.size());
-    const int64_t below = kernels<T>().split(values.data(), size, low, high, inside.data(), size, &n);
-    if (rank < below || next >= below + n || 2 * n > size) break;
+    const Outside outside = kernels<T>().split(values.data(), size, low, high, inside.data(), size, &n);
+    const int64_t before = outside.below + outside.at_low;
+    if (rank < before || next >= before + n || 2 * n > size) break;
     inside.resize(n);
     values = std::move(inside);
-    rank -= below, next -= below;
+    rank -= before, next -= before;
   }
   std::nth_element(values.begin(), values.begin() + rank, values.end());
   const T low = values[rank];
   return {low, next == rank ? low : *std::min_element(values.begin() + next, values.end())};
+}
+
+// One pass: where the values lie to the bracket. A part collects at most `room`. All threads of a team call it.
+template <class T> void split(Team& team, const Stream<T>& stream, int64_t room, Selection<T>& shared) {
+  constexpr int64_t piece = int64_t{1} << 14;
+  team.once([&] { shared.split_by_part.assign(stream.parts, {}); });
+  team.for_each(stream.parts, [&](int64_t part) {
+    Split<T> own;
+    stream.visit_part(part, [&](const T* x, int64_t n) {
+      for (int64_t begin = 0; begin < n; begin += piece) {
+        const int64_t count = std::min(piece, n - begin), most = std::min(room, own.n_inside + count);
+        const size_t needed = most + kAlignBytes;  // the kernel stores whole registers
+        if (own.inside.size() < needed) own.inside.resize(std::max(needed, 2 * own.inside.size()));
+        own.outside += kernels<T>().split(x + begin, count, shared.bracket_low, shared.bracket_high, own.inside.data(),
+                                          most, &own.n_inside);
+      }
+    });
+    own.inside.resize(std::min(room, own.n_inside));
+    shared.split_by_part[part] = std::move(own);
+  });
+  team.once([&] {
+    Split<T>& whole = shared.split = std::move(shared.split_by_part[0]);
+    for (int64_t part = 1; part < stream.parts; ++part) {
+      const Split<T>& other = shared.split_by_part[part];
+      whole.outside += other.outside;
+      whole.n_inside += other.n_inside;
+      whole.inside.insert(whole.inside.end(), other.inside.begin(), other.inside.end());
+    }
+    shared.split_by_part.clear();
+  });
 }
 
 // All threads of a team call it. `room` bounds how many values are collected.
@@ -232,54 +238,33 @@ void select(Team& team, const Stream<T>& stream, int64_t rank, int64_t room, Sel
   team.for_each((m + piece - 1) / piece, [&](int64_t k) {
     for (int64_t s = k * piece; s < std::min(m, (k + 1) * piece); ++s) shared.sample[s] = stream.sample(mix(s));
   });
+  const auto is_nan = [](T x) { return std::isnan(x); };
   team.once([&] {
-    for (T x : shared.sample)
-      if (std::isnan(x)) {
-        shared.low = shared.high = x;
-        shared.done = true;
-        return;
-      }
-    double share;
-    std::tie(shared.bracket_low, shared.bracket_high) = bracket(shared.sample, rank, n, &share);
-    room = std::min(room, 4096 * stream.parts + static_cast<int64_t>(2 * share * n)) / stream.parts;
-    shared.found_by_part.assign(stream.parts, std::vector<T>(room + kAlignBytes));  // split() stores whole registers
-    shared.counts.assign(2 * stream.parts, 0);
+    shared.nan = std::any_of(shared.sample.begin(), shared.sample.end(), is_nan);
+    if (!shared.nan) std::tie(shared.bracket_low, shared.bracket_high) = bracket(shared.sample, rank, n);
   });
-  if (shared.done) return;
-  team.for_each(stream.parts, [&](int64_t part) {
-    std::vector<T>& found = shared.found_by_part[part];
-    int64_t below = 0, n_found = 0;
-    stream.visit_part(part, [&](const T* x, int64_t count) {
-      below += kernels<T>().split(x, count, shared.bracket_low, shared.bracket_high, found.data(),
-                                  static_cast<int64_t>(found.size()) - kAlignBytes, &n_found);
-    });
-    shared.counts[2 * part] = below;
-    shared.counts[2 * part + 1] = n_found;
-  });
+  if (!shared.nan) split(team, stream, room / stream.parts, shared);
   team.once([&] {
-    bool overflow = false;
-    for (int64_t part = 0; part < stream.parts; ++part) {
-      std::vector<T>& found = shared.found_by_part[part];
-      const int64_t n_found = shared.counts[2 * part + 1];
-      shared.below += shared.counts[2 * part];
-      overflow = overflow || n_found > static_cast<int64_t>(found.size()) - kAlignBytes;
-      if (!overflow) shared.found.insert(shared.found.end(), found.begin(), found.begin() + n_found);
-      found = {};
-    }
-    const int64_t within = static_cast<int64_t>(shared.found.size());
-    for (T x : shared.found)
-      if (std::isnan(x)) shared.nan = true;
+    const auto& [outside, inside, n_inside] = shared.split;
+    shared.nan = shared.nan || std::any_of(inside.begin(), inside.end(), is_nan);
     if (shared.nan) {
       shared.low = shared.high = std::numeric_limits<T>::quiet_NaN();
-      shared.done = true;
-    } else if (!overflow && rank >= shared.below && next < shared.below + within) {
-      std::tie(shared.low, shared.high) = select_pair(shared.found, rank - shared.below, next - shared.below);
-      shared.done = true;
-    } else {
-      shared.found.clear();
+      return;
     }
+    const int64_t before = outside.below + outside.at_low, last = n_inside - 1;
+    shared.bracketed = n_inside == static_cast<int64_t>(inside.size()) && rank >= outside.below &&
+                       next < before + n_inside + outside.at_high;
+    if (!shared.bracketed) return;
+    const auto clamped = [&](int64_t k) { return std::clamp<int64_t>(k - before, 0, last); };
+    std::pair<T, T> pair;
+    if (n_inside > 0) pair = select_pair(inside, clamped(rank), clamped(next));
+    const auto value = [&](int64_t k, T found) {
+      return k < before ? shared.bracket_low : k > before + last ? shared.bracket_high
+                                                                 : found;
+    };
+    shared.low = value(rank, pair.first), shared.high = value(next, pair.second);
   });
-  if (shared.done) return;
+  if (shared.nan || shared.bracketed) return;
   select_by_digits(team, stream, rank, shared, shared.low);
   select_by_digits(team, stream, next, shared, shared.high);
 }
@@ -288,7 +273,11 @@ void select(Team& team, const Stream<T>& stream, int64_t rank, int64_t room, Sel
 template <class T>
 int64_t count_at_most(Team& team, const Stream<T>& stream, Selection<T>& shared, T threshold) {
   const auto at_most = [=](T x) { return x <= threshold; };
-  if (!shared.found.empty()) return shared.below + std::count_if(shared.found.begin(), shared.found.end(), at_most);
+  if (shared.bracketed) {
+    const auto& [outside, inside, n_inside] = shared.split;
+    return outside.below + (at_most(shared.bracket_low) ? outside.at_low : 0) +
+           std::count_if(inside.begin(), inside.end(), at_most) + (at_most(shared.bracket_high) ? outside.at_high : 0);
+  }
   team.once([&] { shared.counts.assign(stream.parts, 0); });
   team.for_each(stream.parts, [&](int64_t part) {
     stream.visit_part(part, [&](const T* x, int64_t n) { shared.counts[part] += std::count_if(x, x + n, at_most); });

@@ -25,7 +25,10 @@ SIZES = {
     4: ([3, 3, 3, 3], [1, 2, 6, 3], [6, 0, 6, 0]),
 }
 WORLDS = tuple(SIZES)
-WITHOUT_STORING = {"STORED_ENTROPY_BYTES": 256}  # entropies are computed again, a few rows at a time; wide digits
+STORED = {}
+WITHOUT_STORING = {"shares.STORED_ENTROPY_BYTES": 256}  # entropies are computed again, a few rows at a time
+BRACKETED = {"threshold.BRACKETED_EDGES": 0}
+MISSED = BRACKETED | {"shares.Share.sample": workers.far_sample}
 
 
 def parity_cases(world: int) -> list:
@@ -35,8 +38,9 @@ def parity_cases(world: int) -> list:
             for dtype in TOLERANCE:
                 for backend in USABLE:
                     case = Case((12, 7), relations=relations)
-                    cases.append((backend, dtype, case, sizes, False, {}))
-                    cases.append((backend, dtype, case, sizes, False, WITHOUT_STORING))
+                    bracketed = (BRACKETED, BRACKETED | WITHOUT_STORING, MISSED) if sizes == SIZES[world][-1] else ()
+                    for patches in (STORED, WITHOUT_STORING, *bracketed):
+                        cases.append((backend, dtype, case, sizes, False, patches))
         for percentile in (0.0, 50.0, 100.0):
             case = Case((12, 7), relations=relations, percentile=percentile)
             cases.extend((backend, torch.float64, case, SIZES[world][-1], True, {}) for backend in USABLE)
@@ -54,8 +58,9 @@ def parity_results(world: int) -> list[list[dict]]:
 def describe(case) -> str:
     backend, dtype, case, sizes, ce, patches = case
     shape = "x".join(map(str, case.shape))
+    patched = "+".join(name.split(".")[-1] for name in patches)
     return "-".join(
-        map(str, [backend, str(dtype)[6:], case.relations, case.percentile, shape, case.kind, sizes, ce, len(patches)])
+        map(str, [backend, str(dtype)[6:], case.relations, case.percentile, shape, case.kind, sizes, ce, patched])
     )
 
 
@@ -110,7 +115,7 @@ def test_each_process_computes_a_share(world, sizes, relations):
 def test_bytes_received_are_those_of_the_formula(relations):
     world, batch, classes = 3, 5, 6
     settings = 1 + 1 + 4 + len(LossSettings._fields) + 3  # batch size, classes, dtypes, settings, modes
-    bins = sum(2**bits for bits in selection.NARROW_DIGITS[4])
+    bins = sum(2**bits for _, bits in selection.digits(32))
     matrix = (world - 1) * batch * classes * 4  # the other processes' rows
     block = matrix // world  # of this process's columns
     for with_gradients, without in launch(world, "traffic", batch, classes, relations):

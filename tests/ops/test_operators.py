@@ -18,6 +18,7 @@ CPP = {
     "cpu_quantile",
     "cpu_joint_entropy",
     "cpu_count_digits",
+    "cpu_split",
     "cpu_relation_share",
 }
 CUDA = {
@@ -113,6 +114,7 @@ def test_opcheck_cpu_operators_of_a_share(cpp, dtype):
     torch.library.opcheck(cpp.cpu_joint_entropy, (p, q))
     entropy = cpp.cpu_joint_entropy(p, q)
     torch.library.opcheck(cpp.cpu_count_digits, (entropy, torch.tensor([0, -3]), 8, 11))
+    torch.library.opcheck(cpp.cpu_split, (entropy, 0.5, 1.5))
     for need_grad in (False, True):
         grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a.t(), b.t())]
         for ranked in ((p, q, None), (None, None, entropy), (None, None, None)):

@@ -30,9 +30,7 @@ def check_counts(chosen: Backend, dtype: torch.dtype, device="cpu") -> None:
     values[4] *= 1e-30
     values[5, :4], values[5, 4:8], values[6, :2] = 0.0, -0.0, torch.tensor([torch.inf, -torch.inf])
     keys = selection.keys(values).flatten()
-    shift = 8 * dtype.itemsize
-    for bits in selection.NARROW_DIGITS[dtype.itemsize]:
-        shift -= bits
+    for shift, bits in selection.digits(8 * dtype.itemsize):
         for low, high in ((keys[0], keys[0]), (keys.min(), keys[300])):
             prefixes = torch.stack((low, high)) >> (shift + bits)
             expected = selection.count_digits(values, prefixes, shift, bits)

@@ -147,8 +147,13 @@ class Backend(ABC):
         return pruning.entropy_of_logs(probs_a, log_probs_b)
 
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        """As :func:`vrm_kernels.graph.selection.count_digits`."""
+        """As :func:`vrm_kernels.graph.selection.count_digits`, behind two prefixes."""
         return selection.count_digits(entropy, prefixes, shift, bits)
+
+    def split(self, entropy: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """As :func:`vrm_kernels.graph.selection.split`; asked for on the CPU alone, because its sizes follow from the
+        numbers."""
+        return selection.split(entropy, low, high)
 
     @abstractmethod
     def relation_share(

@@ -5,8 +5,7 @@ Every process receives what it needs of the others' logits, computes a *share* o
 of its own rows:
 
 - which edges a share has, and what it needs for them: :mod:`vrm_kernels.distributed.shares`;
-- the threshold is the exact quantile over the global graph, from summed counts of digits:
-  :mod:`vrm_kernels.graph.selection`;
+- the threshold is the exact quantile over the global graph: :mod:`vrm_kernels.distributed.threshold`;
 - gradients of the other processes' rows are summed over the processes on the way back.
 
 The gradient is multiplied by the number of processes, because DistributedDataParallel and FSDP average gradients over
@@ -19,18 +18,15 @@ same, so that the bits are the same, and relation_share is called for each block
 is true does so itself, and is called once. Only the batch sizes are waited for on a GPU.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from vrm_kernels import backends, ops
 from vrm_kernels.backends.contract import DTYPES, LossResult, LossSettings, Views, compute_dtype, empty_loss_result
 from vrm_kernels.backends.cross_entropy import summed_cross_entropy
-from vrm_kernels.distributed import shares
+from vrm_kernels.distributed import threshold
 from vrm_kernels.distributed.collectives import Group, tensor_on
-from vrm_kernels.distributed.shares import Complete, InterView, Limits, Share
-from vrm_kernels.graph import pruning, selection
+from vrm_kernels.distributed.shares import Complete, InterView
 from vrm_kernels.graph import zscore as zscores
 
 # Users know these settings by other names.
@@ -77,7 +73,7 @@ def _vrm_loss(real, virtual, teacher_real, teacher_virtual, labels, class_weight
         graphs = (Complete if settings.complete else InterView)(
             group, backend, related, dtype, ranked=settings.percentile != 100
         )
-        limits = _limits(group, graphs.shares, settings.percentile, dtype, real.device)
+        limits = threshold.limits(group, graphs.shares, settings.percentile, dtype, real.device)
         losses, wait_for_gradients = graphs.losses(limits, settings, need_grad)
         ce, divisor, ce_grads = _own_cross_entropies(views, labels, class_weight, settings, dtype, need_grad)
         sums = group.sum(torch.stack([x.double() for x in (*ce, *losses, divisor)]), "sum of the loss")
@@ -135,31 +131,6 @@ def _agree(group: Group, views: Views, settings: LossSettings, modes: dict[str, 
     group.sizes = [int(row[0]) for row in values]
     if sum(group.sizes) == 0:
         raise ValueError("gather_distributed=True: the batch of every process of the group is empty")
-
-
-def _limits(
-    group: Group, graphs: Sequence[Share], percentile: float, dtype: torch.dtype, device: torch.device
-) -> Limits:
-    """The exact quantiles of the global graphs' joint entropies, and how many edges are at or below them."""
-    if percentile == 100:
-        kept = tensor_on(device, [share.edges for share in graphs], torch.int64)
-        return Limits(torch.full((len(graphs),), torch.inf, dtype=dtype, device=device), kept)
-    positions = [pruning.rank(percentile / 100, share.edges, dtype) for share in graphs]
-    # A rank that is whole does not look at the next value, which may be infinite.
-    ranks = tensor_on(device, [[below, below + (weight > 0)] for below, weight in positions], torch.int64)
-    weights = tensor_on(device, [weight for _, weight in positions], dtype)
-
-    def count(prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        counts = torch.stack([share.count_digits(p, shift, bits) for share, p in zip(graphs, prefixes, strict=True)])
-        return group.sum(counts, "sum of the counts of entropies")
-
-    largest = max(share.edges for share in graphs) * torch.finfo(dtype).bits // 8 // group.world
-    # Kernels on a GPU count narrow digits only.
-    wide = device.type == "cpu" and largest > shares.STORED_ENTROPY_BYTES
-    values, at_most = selection.order_statistics(count, ranks, dtype, wide_digits=wide)
-    low, high = values.unbind(1)
-    threshold = low.lerp(high, weights)
-    return Limits(threshold, torch.where(threshold >= high, at_most[:, 1], at_most[:, 0]))
 
 
 ops.register(

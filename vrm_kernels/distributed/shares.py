@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vrm_kernels.backends.contract import Backend, LossSettings, Probs, ShareSettings, Sides, Views
 from vrm_kernels.distributed.collectives import Group
-from vrm_kernels.graph import pruning
+from vrm_kernels.graph import forms, pruning, selection
 
 # A share's joint entropies are stored up to this size; larger ones are computed again for every pass.
 STORED_ENTROPY_BYTES = 72 << 20
@@ -28,13 +28,15 @@ class Share:
 
     Args:
         rows: how many vertices are the share's own.
+        first: how many come before them in the shares of other processes.
         vertices: how many there are on the other side.
         probs: ``(P [rows, K], log(P' + 1e-7) [vertices, K])``, or ``None`` where every edge is kept.
         exclude_self: whether both sides are one set of vertices, the share's own first.
     """
 
-    def __init__(self, backend: Backend, rows: int, vertices: int, probs: Probs | None, exclude_self: bool):
-        self.backend, self.rows, self.vertices, self.exclude_self = backend, rows, vertices, exclude_self
+    def __init__(self, backend: Backend, rows: int, first: int, vertices: int, probs: Probs | None, exclude_self: bool):
+        self.backend, self.rows, self.first, self.vertices = backend, rows, first, vertices
+        self.exclude_self = exclude_self
         self.edges = pruning.edge_count(vertices, vertices, exclude_self)
         self.probs = probs
         self.entropy: Tensor | None = None
@@ -54,20 +56,57 @@ class Share:
             entropy.diagonal(begin).fill_(torch.inf)
         return entropy
 
-    def _blocks(self, probs: Probs) -> Iterator[tuple[slice, Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and the entropies of their edges: all of them if they are stored."""
+        assert self.probs is not None
         for begin in range(0, self.rows, self.step):
             end = min(self.rows, begin + self.step)
-            yield slice(begin, end), self._entropies(probs, begin, end) if self.entropy is None else self.entropy
+            yield slice(begin, end), self._entropies(self.probs, begin, end) if self.entropy is None else self.entropy
 
     def count_digits(self, prefixes: Tensor, shift: int, bits: int) -> Tensor:
         """As :func:`vrm_kernels.graph.selection.count_digits`, of the share's joint entropies."""
         if self.entropy is not None:
             return self.backend.count_digits(self.entropy, prefixes, shift, bits)
         counts = prefixes.new_zeros(len(prefixes), 2**bits)
-        for _, entropy in self._blocks(self.probs) if self.probs is not None else ():
+        for _, entropy in self._blocks():
             counts += self.backend.count_digits(entropy, prefixes, shift, bits)
         return counts
+
+    def sample(self) -> Tensor:
+        """``[forms.sample(edges)]`` joint entropies of the graph, zero where another share has the edge. They need not
+        have the bits that the other methods see."""
+        assert self.probs is not None
+        p, logs = self.probs
+        size = forms.sample(self.edges)
+        sample = p.new_zeros(size)
+        slots = slice(*(size * row // self.vertices for row in (self.first, self.first + self.rows)))
+        own = sample[slots]
+        i, j = selection.places(slots, self.rows, self.vertices)
+        if self.entropy is not None:
+            own.copy_(self.entropy[i, j])
+            return sample
+        for k in range(0, len(own), ROWS_MULTIPLE):
+            some = slice(k, k + ROWS_MULTIPLE)
+            own[some] = -(p[i[some]] * logs[j[some]]).sum(1)
+        if self.exclude_self:
+            own.masked_fill_(i == j, torch.inf)
+        return sample
+
+    def split(self, low: float, high: float) -> tuple[Tensor, Tensor]:
+        """``(counts [5] int64, inside [1, n])``: how many of the share's joint entropies are below a bracket, at its
+        low end, inside, and at its high end, then 1 if those inside are too many to be collected; and those inside."""
+        assert self.probs is not None
+        room = forms.room(self.edges) if self.entropy is None else self.edges
+        outside, found = torch.zeros(3, dtype=torch.int64), 0
+        inside = [self.probs[0].new_empty(0)]
+        for _, entropy in self._blocks():
+            counts, part = self.backend.split(entropy, low, high)
+            outside += counts
+            found += len(part)
+            if found <= room:
+                inside.append(part)
+        below, at_low, at_high = outside.tolist()
+        return torch.tensor([below, at_low, found, at_high, found > room]), torch.cat(inside)[None]
 
     def loss(self, sides: Sides, settings: ShareSettings, grads: Sequence[Tensor]) -> Tensor:
         """The share's part of the graph's loss: see :meth:`vrm_kernels.backends.contract.Backend.relation_share`."""
@@ -78,7 +117,7 @@ class Share:
         a, b, teacher_a, teacher_b = sides
         loss = a.new_zeros(())
         settings = settings._replace(exclude_self=False)  # the infinite entropies exclude them
-        for rows, entropy in self._blocks(self.probs):
+        for rows, entropy in self._blocks():
             part = Sides(a[rows], b, teacher_a[rows], teacher_b)
             into = (grads[0][rows], grads[1]) if grads else ()
             loss += self.backend.relation_share(part, None, entropy, settings, into)
@@ -133,8 +172,8 @@ class InterView:
             by_sample, by_class = (probs, logs), (wait_probs().t(), logs.t())
         block = group.share_of(classes)
         self.shares = (
-            Share(backend, len(real), samples, by_sample, False),
-            Share(backend, block.stop - block.start, classes, by_class, False),
+            Share(backend, len(real), group.own_rows().start, samples, by_sample, False),
+            Share(backend, block.stop - block.start, block.start, classes, by_class, False),
         )
 
     def losses(self, limits: Limits, settings: LossSettings, need_grad: bool) -> tuple[list[Tensor], Wait]:
@@ -168,9 +207,10 @@ class Complete:
         logs = [pruning.log_probs(p) for p in probs]
         self.shares = []
         for by_class, n in enumerate((samples, classes)):
-            own = 2 * (self.blocks[by_class].stop - self.blocks[by_class].start)
+            first = 2 * self.blocks[by_class].start
+            own = 2 * self.blocks[by_class].stop - first
             ranking = (self._vertices(probs, by_class)[:own], self._vertices(logs, by_class)) if ranked else None
-            self.shares.append(Share(backend, own, 2 * n, ranking, True))
+            self.shares.append(Share(backend, own, first, 2 * n, ranking, True))
 
     def _own_first(self, n: int, block: slice) -> Tensor:
         """The order in which the share's own vertices, of both views, come before the others: then the edge of a vertex

@@ -39,7 +39,7 @@ import vrm_kernels.functional as VF
 from vrm_kernels import backends
 from vrm_kernels.backends.contract import LossResult, Sides, Views
 from vrm_kernels.distributed import shares as share_module
-from vrm_kernels.graph import forms, pruning, selection
+from vrm_kernels.graph import forms, pruning
 
 # Tiles as small as they get, so that small graphs have many, and border on every side.
 FORMS = {
@@ -877,11 +877,10 @@ def test_shares_of_literal_edges(module):
 
 @pytest.mark.parametrize("relations", MODES)
 def test_a_group_of_one_process(module, relations, monkeypatch):
-    """Entropies stored, and computed again a few rows at a time, with digits as on a GPU and wider."""
+    """Entropies stored, and computed again a few rows at a time."""
     case = Case((12, 7), relations=relations)
     with group_of_one():
         check_group_of_one(cuda_host.NAME, case, torch.float32)
         monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES", 256)
         check_group_of_one(cuda_host.NAME, case, torch.float32)
-        monkeypatch.setattr(selection, "WIDE_DIGITS", selection.NARROW_DIGITS)
         check_group_of_one(cuda_host.NAME, case, torch.float64)

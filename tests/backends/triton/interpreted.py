@@ -39,7 +39,7 @@ from vrm_kernels import backends
 from vrm_kernels.backends.contract import Sides
 from vrm_kernels.backends.triton import large, plan, small, stages
 from vrm_kernels.distributed import shares as share_module
-from vrm_kernels.graph import pruning, selection
+from vrm_kernels.graph import pruning
 from vrm_kernels.graph.constants import RELATION_EPS
 
 BACKEND = backends.REGISTRY["triton"].load()
@@ -403,12 +403,11 @@ def test_shares_of_literal_edges_and_in_float64(regime):
 
 @pytest.mark.parametrize("relations", MODES)
 def test_a_group_of_one_process(regime, relations, monkeypatch):
-    """Entropies stored, and computed again a few rows at a time, with digits as on a GPU."""
+    """Entropies stored, and computed again a few rows at a time."""
     case = Case((12, 7), relations=relations)
     with group_of_one():
         check_group_of_one("triton", case, torch.float32)
         monkeypatch.setattr(share_module, "STORED_ENTROPY_BYTES", 256)
-        monkeypatch.setattr(selection, "WIDE_DIGITS", selection.NARROW_DIGITS)  # as on a GPU
         check_group_of_one("triton", case, torch.float32)
 
 

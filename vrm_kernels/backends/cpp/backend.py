@@ -63,6 +63,9 @@ class CppBackend(Backend):
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
         return _cpu.cpu_count_digits.default(entropy, prefixes, shift, bits)
 
+    def split(self, entropy: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+        return _cpu.cpu_split.default(entropy, low, high)
+
     def relation_share(
         self,
         sides: Sides,
@@ -106,6 +109,12 @@ def _(probs_a, log_probs_b):
 @torch.library.register_fake("vrm_kernels::cpu_count_digits")
 def _(x, prefixes, shift, bits):
     return prefixes.new_empty(len(prefixes), 2**bits)
+
+
+@torch.library.register_fake("vrm_kernels::cpu_split")
+def _(x, low, high):
+    inside = torch.library.get_ctx().new_dynamic_size()
+    return x.new_empty(3, dtype=torch.int64), x.new_empty(inside)
 
 
 @torch.library.register_fake("vrm_kernels::cpu_relation_share")

@@ -25,10 +25,9 @@ from vrm_kernels.backends.contract import (
     threshold_ranks,
     with_cross_entropies,
 )
-from vrm_kernels.graph import forms, pruning, selection
+from vrm_kernels.graph import forms, pruning
 
 _cuda = torch.ops.vrm_kernels
-MOST_BITS = 11  # of a digit; csrc/cuda/steps/graph.h
 # Components of bfloat16 logits from which the roundings of single float16 operands average out: the loss is then within
 # 1e-5, and the gradient ten times nearer than its own rounding to bfloat16. That to float16 is finer.
 AVERAGING_COMPONENTS = 2**16
@@ -117,8 +116,6 @@ class CudaBackend(Backend):
         return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        if bits > MOST_BITS or len(prefixes) != 2:  # asked for on the CPU alone
-            return selection.count_digits(entropy, prefixes, shift, bits)
         return _cuda.cuda_count_digits(entropy, prefixes, shift, bits)
 
     def relation_share(

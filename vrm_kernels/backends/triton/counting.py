@@ -10,7 +10,6 @@ from torch import Tensor
 from vrm_kernels.backends.triton.edge import wide
 from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, product
 from vrm_kernels.backends.triton.staged.select import to_key
-from vrm_kernels.graph import selection
 
 BINS = tl.constexpr(2048)
 COUNT = {"BLOCK": 4096, "num_warps": 8, **FUSED_MULTIPLY_ADD}
@@ -69,8 +68,6 @@ def entropy_of_logs(probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
 
 def count_digits(x: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
     """As :func:`vrm_kernels.graph.selection.count_digits`, of ``x [m, n]`` whose rows are contiguous; one launch."""
-    if len(prefixes) != 2 or 2**bits > BINS.value:  # asked for on the CPU alone
-        return selection.count_digits(x, prefixes, shift, bits)
     leading = shift + bits == 8 * x.element_size()
     counts = prefixes.new_zeros(1 if leading else 2, 2**bits)
     with on_device(x.device):

@@ -140,7 +140,7 @@ class Blocks:
             return counts.expand(1, 2, -1)
 
         ranks = torch.arange(rank, rank + 2, device=call.arrays.kept.device)[None].clamp_(max=edges - 1)
-        values, at_most = selection.order_statistics(count, ranks, call.dtype, False)
+        values, at_most = selection.order_statistics(count, ranks, call.dtype)
         (low, high), (below, through) = values[0], at_most[0]
         threshold = low.lerp(high, weight) if weight > 0 else low
         kept = torch.where(threshold >= high, through, below)
