@@ -571,10 +571,12 @@ def test_parity_of_half_precision_in_the_form_dense(host, monkeypatch, dtype):
         assert_parity(cuda_host.NAME, Case(TWO_TILES, relations=relations), dtype)
 
 
-def test_edges_that_float16_cannot_hold(host, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_edges_that_float16_cannot_hold(host, monkeypatch, dtype):
     """One vertex far from all others and two that nearly coincide: their edges are left to the literal stage."""
     set_form(monkeypatch, "dense")
-    views = make_logits(Case((33, 40)), torch.float16, seed=3)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    views = make_logits(Case((33, 40)), dtype, seed=3)
     for x in views:
         x[5] *= 2000
         x[8] = x[7] + 2**-8
