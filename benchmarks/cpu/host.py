@@ -1,7 +1,7 @@
 """What a step costs beside its kernels: ``python -m benchmarks.cpu.host``.
 
 The loss is computed by a backend that does nothing, so that what is left is Python, autograd and the checks: forward,
-forward + backward, and the functions most of it is spent in. With ``--staged`` the backend is `triton-staged`, but
+forward + backward, and the functions most of it is spent in. With ``--triton`` the backend is `triton`, but
 its launches do nothing: what a GPU waits for that is faster than its host.
 """
 
@@ -39,13 +39,13 @@ class Nothing(backends.Backend):
 
 
 def without_launches() -> backends.Backend:
-    """`triton-staged`, whose kernels then do not run in this process."""
+    """`triton`, whose kernels then do not run in this process."""
     from triton.runtime.jit import JITFunction
 
-    from vrm_kernels.backends.triton.staged.backend import StagedBackend
+    from vrm_kernels.backends.triton.backend import TritonBackend
 
     JITFunction.run = lambda kernel, *args, grid, warmup, **options: None
-    return StagedBackend()
+    return TritonBackend()
 
 
 def microseconds(step, repeats: int) -> float:
@@ -65,14 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu.host", description=__doc__)
     parser.add_argument("--repeats", type=int, default=1000, help="in each of ten runs (default: %(default)s)")
     parser.add_argument("--profile", type=int, default=12, metavar="N", help="functions shown (default: %(default)s)")
-    parser.add_argument("--staged", action="store_true", help="the host's side of triton-staged, without its launches")
+    parser.add_argument("--triton", action="store_true", help="the host's side of triton, without its launches")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     logits = [torch.randn(BATCH, CLASSES, requires_grad=k < 2) for k in range(4)]
     labels = torch.randint(CLASSES, (BATCH,))
     entry = Entry("nothing", "nothing:Nothing", (), lambda device: (True, "does nothing"))
     load = lambda self: nothing if self is entry else _load(self.implementation)  # noqa: E731
-    nothing = without_launches() if args.staged else Nothing()
+    nothing = without_launches() if args.triton else Nothing()
     with mock.patch.dict(backends.REGISTRY, nothing=entry), mock.patch.object(Entry, "load", load):
         loss_fn = vrm_kernels.VRMLoss(16.0, 8.0, backend="nothing")
 

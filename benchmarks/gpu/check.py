@@ -30,7 +30,6 @@ PARTS = {"build": 80, "tests": 120, "sanitize": 45, "bench": 110, "train": 65}
 BACKENDS = {
     "cuda": "tests/backends/cuda/test_device.py",
     "triton": "tests/backends/triton/test_device.py",
-    "triton-staged": "tests/backends/triton/test_staged_device.py",
 }
 # Of the suite: what runs on any device. Hypothesis draws a new shape each time, and the compilers need a CPU.
 SUITE = (
@@ -40,7 +39,6 @@ SUITE = (
 TOOLS = {
     "cuda": ("memcheck", "racecheck", "initcheck", "synccheck"),
     "triton": ("memcheck", "racecheck"),
-    "triton-staged": ("memcheck", "racecheck"),
 }
 # Whose library's kernels are not ours to judge.
 OWN = {("cuda", "racecheck"), ("cuda", "initcheck")}

@@ -22,7 +22,7 @@ CASES = tuple(
         (1024, 1000, "trained", "bfloat16"),
         (4096, 1000, "trained", "bfloat16"),
     )
-    for backend in ("cuda", "triton", "triton-staged")
+    for backend in ("cuda", "triton")
 )
 CALLS = 10
 KERNELS = 16  # shown of each

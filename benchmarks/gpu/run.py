@@ -40,10 +40,10 @@ COMPILE_ELEMENTS = 1e8
 # Passing every component through memory some forty times takes half a minute a call from here on.
 PAIRWISE_ELEMENTS = 1e11
 # In this order, so that what runs out of time is what others have measured already.
-GROUPS = (("cuda", "triton", "triton-staged", "torch"), ("eager", "chunked"), ("eager+compile", "eager+graphs"))
+GROUPS = (("cuda", "triton", "torch"), ("eager", "chunked"), ("eager+compile", "eager+graphs"))
 # What reads the device, or captures graphs itself, is not captured: a capture that fails leaves torch's generators of
 # random numbers unusable. `torch` reads it but for small graphs.
-CAPTURED = ("cuda", "triton", "triton-staged", "eager", "eager+compile")
+CAPTURED = ("cuda", "triton", "eager", "eager+compile")
 
 
 def _loss(backend: str) -> Callable[[], VRMLoss]:
@@ -54,9 +54,7 @@ GPU_PEERS = {name: PEERS[name] for name in ("eager", "eager+compile", "chunked",
 GPU_PEERS["eager+graphs"] = replace(
     PEERS["eager+compile"], name="eager+graphs", what="the same in the mode reduce-overhead", mode="reduce-overhead"
 )
-GPU_PEERS["triton"] = Peer("triton", "backend triton: fused kernels and matrix products", "triton", _loss("triton"))
-STAGED = "triton-staged"
-GPU_PEERS[STAGED] = Peer(STAGED, f"backend {STAGED}: the stages of docs/gpu.md", "triton", _loss(STAGED))
+GPU_PEERS["triton"] = Peer("triton", "backend triton: the stages of docs/gpu.md", "triton", _loss("triton"))
 GPU_PEERS["cuda"] = Peer("cuda", "backend cuda: CUDA C++ kernels, and torch's products", "cuda", _loss("cuda"))
 
 

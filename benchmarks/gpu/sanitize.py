@@ -12,18 +12,12 @@ import torch
 import vrm_kernels.functional as VF
 from vrm_kernels import checks
 
-BACKENDS = ("triton", "triton-staged", "cuda")
+BACKENDS = ("triton", "cuda")
 
 
 def paths(backend: str, own: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Each path's name, and what makes the backend take it."""
     if backend == "triton":
-        from vrm_kernels.backends.triton import plan
-
-        for name, elements in (("fused", plan.FUSED_ELEMENTS), ("blocks", 0))[: 1 if own else 2]:
-            yield name, lambda elements=elements: setattr(plan, "FUSED_ELEMENTS", elements)
-        return
-    if backend == "triton-staged":
         from vrm_kernels.graph import forms
 
         for name, instructions in (("literal", 2**60), ("dense", 0))[: 1 if own else 2]:

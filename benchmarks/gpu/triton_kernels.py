@@ -29,10 +29,8 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu.triton_faults import faults
 from benchmarks.report.table import rewrite
 from vrm_kernels.backends.contract import GraphSettings, LossSettings, ShareSettings, Sides, Views
-from vrm_kernels.backends.triton import counting, large, plan
+from vrm_kernels.backends.triton import counting, dense_launches
 from vrm_kernels.backends.triton.backend import TritonBackend
-from vrm_kernels.backends.triton.staged import dense_launches
-from vrm_kernels.backends.triton.staged.backend import StagedBackend
 from vrm_kernels.graph import selection
 from vrm_kernels.graph.constants import RELATION_EPS
 
@@ -77,42 +75,29 @@ class Call:
     percentile: float = 30.0
     complete: bool = False
     need_grad: bool = True
-    tf32: bool = False
+    precision: str = "highest"
     relation: bool = False
     share: bool = False
-    staged: bool = False
 
 
 CALLS = (
     Call(64, 100, torch.float32),
-    Call(512, 200, torch.float32, tf32=True),
-    Call(64, 100, torch.bfloat16),
-    Call(64, 100, torch.float32, 100.0, complete=True),
-    Call(64, 100, torch.float32, complete=True, need_grad=False),
+    Call(512, 200, torch.float32),
+    Call(64, 1000, torch.float32, complete=True),
+    Call(64, 100, torch.bfloat16, need_grad=False),
+    Call(64, 100, torch.float64, 100.0, complete=True),
     Call(64, 100, torch.float32, relation=True),
     Call(1024, 1000, torch.float32),
-    Call(1024, 1000, torch.float32, 100.0, complete=True, tf32=True),
+    Call(1024, 1000, torch.float32, 100.0, complete=True, precision="high"),
     Call(4096, 1000, torch.bfloat16),
-    Call(1024, 1000, torch.float16),
+    Call(1024, 1000, torch.float64),
+    Call(8192, 100, torch.bfloat16),
     Call(65536, 1000, torch.bfloat16),
     Call(1024, 21841, torch.bfloat16),
-    Call(256, 100, torch.float64),
+    Call(16384, 100, torch.float32, complete=True),
     Call(64, 100, torch.float32, share=True),
-    Call(64, 100, torch.float32, 100.0, complete=True, share=True),
     Call(2048, 1000, torch.float32, share=True),
-    Call(2048, 1000, torch.float32, 100.0, complete=True, share=True, tf32=True),
     Call(256, 100, torch.float64, share=True),
-    Call(64, 100, torch.float32, staged=True),
-    Call(512, 200, torch.float32, staged=True),
-    Call(64, 1000, torch.float32, complete=True, staged=True),
-    Call(64, 100, torch.bfloat16, need_grad=False, staged=True),
-    Call(64, 100, torch.float64, 100.0, complete=True, staged=True),
-    Call(64, 100, torch.float32, relation=True, staged=True),
-    Call(1024, 1000, torch.float32, staged=True),
-    Call(1024, 1000, torch.float32, 100.0, complete=True, tf32=True, staged=True),
-    Call(4096, 1000, torch.bfloat16, staged=True),
-    Call(1024, 1000, torch.float64, staged=True),
-    Call(8192, 100, torch.bfloat16, staged=True),
 )
 
 
@@ -131,9 +116,7 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """``staged`` kernels have names of their own."""
-        staged = "staged " if ".staged." in self.module else ""
-        return staged + self.kernel.removesuffix("_kernel")
+        return self.kernel.removesuffix("_kernel")
 
     @property
     def named_constants(self) -> dict[str, object]:
@@ -178,7 +161,7 @@ class Resources:
         return blocks * warps / 64
 
 
-def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
+def recorded(calls=CALLS) -> list[Launch]:
     """The different launches of ``calls``, in their order."""
     launches: dict[Launch, Launch] = {}
 
@@ -194,17 +177,15 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
     before = torch.get_float32_matmul_precision()
     patches = (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(large, "product", lambda x, y, out: None),
         mock.patch.object(counting, "product", lambda x, y, out: None),
         mock.patch.object(dense_launches, "product", lambda x, y, out: None),
-        mock.patch.object(plan, "on_nvidia", lambda device: nvidia),
     )
     try:
         with contextlib.ExitStack() as stack:
             for patch in patches:
                 stack.enter_context(patch)
             for call in calls:
-                torch.set_float32_matmul_precision("high" if call.tf32 else "highest")
+                torch.set_float32_matmul_precision(call.precision)
                 _make(call)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -213,7 +194,7 @@ def recorded(calls=CALLS, nvidia: bool = True) -> list[Launch]:
 
 def _make(call: Call) -> None:
     logits = [torch.empty(call.batch, call.classes, dtype=call.dtype, device="meta") for _ in range(4)]
-    backend = StagedBackend() if call.staged else TritonBackend()
+    backend = TritonBackend()
     if call.share:
         _make_share(backend, call, *logits)
     elif call.relation:
@@ -221,9 +202,8 @@ def _make(call: Call) -> None:
         settings = GraphSettings(call.percentile, 1.0, RELATION_EPS, False)
         backend.relation_graph(Sides(*logits), probs, settings, call.need_grad)
     else:
-        cross = call.staged  # the others' cross-entropies are torch's
-        settings = LossSettings(16.0, 8.0, cross, cross, call.percentile, 1.0, RELATION_EPS, call.complete, 0.1, -100)
-        labels = torch.empty(call.batch, dtype=torch.int64, device="meta") if cross else None
+        settings = LossSettings(16.0, 8.0, True, True, call.percentile, 1.0, RELATION_EPS, call.complete, 0.1, -100)
+        labels = torch.empty(call.batch, dtype=torch.int64, device="meta")
         backend.vrm_loss(Views(*logits), labels, None, settings, call.need_grad)
 
 
@@ -395,11 +375,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     rows = []
-    compiled = (
-        (target, *result)
-        for target in TARGETS
-        for result in compile_all(recorded(nvidia=target.backend == "cuda"), target, args.workers)
-    )
+    compiled = ((target, *result) for target in TARGETS for result in compile_all(recorded(), target, args.workers))
     for target, launch, (resources, found) in compiled:
         rows.append((launch, target, resources))
         for fault in found:

@@ -13,8 +13,7 @@ from unittest import mock
 
 import torch
 
-# Shapes of test_device.py and test_staged_device.py in tests/backends/triton: of the kernels for small and for large
-# graphs, and ragged ones.
+# Shapes of tests/backends/triton/test_device.py: of small and of large graphs, and ragged ones.
 SMALL, LARGE = (64, 100), (700, 450)
 RAGGED = ((1, 1), (7, 3), (67, 101), (129, 33))
 FLOAT64 = (67, 101)  # whose kernels take seconds to compile: one shape
@@ -26,7 +25,7 @@ class Call(NamedTuple):
     shape: tuple[int, int]
     relations: str = "inter_view"
     percentile: float = 30.0
-    form: str = ""  # of the staged kernels, where it is not the one that the sizes ask for
+    form: str = ""  # where it is not the one that the sizes ask for
     precision: str = "highest"
 
 
@@ -34,17 +33,15 @@ def _calls() -> Iterator[Call]:
     """Those that take longest first."""
     settings = list(itertools.product(("complete", "inter_view"), (30.0, 100.0)))
     for dtype in ("float64", "float32", "bfloat16", "float16"):
-        staged_shapes = RAGGED if dtype == "float32" else (FLOAT64,)
-        shapes = (FLOAT64,) if dtype == "float64" else (LARGE, SMALL, *RAGGED)
+        shapes = RAGGED if dtype == "float32" else (FLOAT64,)
         for setting in settings:
-            yield from (Call("triton", dtype, shape, *setting) for shape in shapes)
             for form in ("dense", "literal"):
-                yield from (Call("triton-staged", dtype, shape, *setting, form) for shape in staged_shapes)
+                yield from (Call("triton", dtype, shape, *setting, form) for shape in shapes)
             if dtype != "float64":
-                yield Call("triton-staged", dtype, LARGE, *setting)
-    yield from (Call("triton-staged", "float32", SMALL, *setting) for setting in settings)
+                yield Call("triton", dtype, LARGE, *setting)
+    yield from (Call("triton", "float32", SMALL, *setting) for setting in settings)
     for precision in ("high", "medium"):
-        yield Call("triton-staged", "float32", FLOAT64, percentile=100.0, form="dense", precision=precision)
+        yield Call("triton", "float32", FLOAT64, percentile=100.0, form="dense", precision=precision)
 
 
 CALLS = list(_calls())

@@ -17,7 +17,7 @@ README = environment.ROOT / "README.md"
 ROWS = ("<!-- rows:begin -->", "<!-- rows:end -->")
 GPU = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 SIZES = ((64, 100), (256, 100), (128, 1000), (1024, 1000), (4096, 1000))
-GPU_PEERS = ("eager", "eager+compile", "eager+graphs", "chunked", "torch", "triton", "triton-staged", "cuda")
+GPU_PEERS = ("eager", "eager+compile", "eager+graphs", "chunked", "torch", "triton", "cuda")
 
 
 class Measured:

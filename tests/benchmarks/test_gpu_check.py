@@ -30,8 +30,7 @@ if [ -n "$HANG" ] && [[ "$*" == *$HANG* ]]; then sleep 60; fi
 CASE = '<testcase classname="tests.backends.{0}" name="{1}">{2}</testcase>'
 PASSED = {
     "cuda": CASE.format("cuda.test_device", "a", ""),
-    "triton": CASE.format("triton.test_device.TestOnAGpu", "a", ""),
-    "triton-staged": CASE.format("triton.test_staged_device.TestForms", "a", ""),
+    "triton": CASE.format("triton.test_device.TestForms", "a", ""),
 }
 RIGHT = f"<x>{''.join(PASSED.values())}{CASE.format('triton.test_device', 'b', '<skipped/>')}</x>"
 
@@ -86,7 +85,7 @@ def test_all_parts_in_their_order(gpu_check, tmp_path, capsys):
     assert "triton or cuda or torch" in tests[2]
     bench = [command for command in commands if part_of(command) == "bench"]
     # own figures before the peers'
-    assert "--peers cuda triton triton-staged torch" in bench[0] and "gpu.profile" in bench[1]
+    assert "--peers cuda triton torch" in bench[0] and "gpu.profile" in bench[1]
     assert [command.split("--peers ")[1] for command in bench[2:]] == ["eager chunked", "eager+compile eager+graphs"]
     said = capsys.readouterr().out
     assert said.rstrip().endswith("0 failures") and "| build | ok |" in said
@@ -135,7 +134,7 @@ def test_a_failure_is_told_and_stops_nothing(gpu_check, capsys, broken):
 def test_a_peer_that_takes_its_process_with_it_leaves_the_others(gpu_check):
     _, commands = gpu_check("--parts", "bench", fail="--peers eager chunked")
     alone = [command.split("--peers ")[1] for command in commands if "--peers" in command]
-    ours = "cuda triton triton-staged torch"
+    ours = "cuda triton torch"
     assert alone == [ours, "eager chunked", "eager", "chunked", "eager+compile eager+graphs"]
 
 
@@ -168,12 +167,12 @@ def test_the_record_says_what_ran_and_how_it_ended(gpu_check, tmp_path):
     entries = {entry["backend"]: entry for entry in device_record.read()}
     assert status == 1
     assert {name: entry["result"] for name, entry in entries.items()} == {
-        "cuda": "right", "triton": "1 of 1 tests failed", "triton-staged": "right",
+        "cuda": "right", "triton": "1 of 1 tests failed",
     }  # fmt: skip
     assert all(entry["device"] == "A GPU" and entry["torch"] == torch.__version__ for entry in entries.values())
     assert (tmp_path / "results" / "record.json").read_text() == device_record.PATH.read_text()
     gpu_check("--parts", "tests")
-    assert [entry["result"] for entry in device_record.read()] == ["right"] * 3  # in the place of the old
+    assert [entry["result"] for entry in device_record.read()] == ["right"] * 2  # in the place of the old
 
 
 @pytest.mark.parametrize("xml", ["<x/>", "", f"<x>{CASE.format('cuda.test_device', 'a', '<skipped/>')}</x>"])
@@ -197,7 +196,7 @@ def test_the_record_goes_stale_by_itself(tmp_path, monkeypatch):
 
 
 def test_every_triton_kernel_is_in_the_hash(tmp_path, monkeypatch):
-    folder = tmp_path / "triton" / "staged"
+    folder = tmp_path / "triton" / "folder"
     folder.mkdir(parents=True)
     monkeypatch.setattr(device_record, "__file__", str(tmp_path / "device_record.py"))
     hashes = set()

@@ -29,7 +29,7 @@ from helpers import (
 import vrm_kernels
 from vrm_kernels import backends
 from vrm_kernels.backends.contract import GraphSettings, Sides
-from vrm_kernels.backends.triton.staged import dense_launches, launches
+from vrm_kernels.backends.triton import dense_launches, launches
 from vrm_kernels.graph import forms
 from vrm_kernels.graph.constants import RELATION_EPS
 
@@ -165,10 +165,10 @@ def choose(monkeypatch, form: str) -> None:
 BLOCKS_TOO = pytest.mark.parametrize("form", ["literal", "dense", "blocks"], indirect=True)
 
 
-class StagedForms:
+class Forms:
     """Both forms against the reference in float64. What runs is asserted: the stages of the form, and no others."""
 
-    name = "triton-staged"
+    name = "triton"
     device = "cuda"
     shape: tuple[int, int]  # several tiles each way over samples, ragged
     shapes: tuple[tuple[int, int], ...]  # others, from nothing on
@@ -241,11 +241,11 @@ class StagedForms:
         assert level == "highest" or min(found) > 1e-8  # another way of multiplying ran
 
 
-class StagedBlocks:
+class Blocks:
     """Entropies that are not stored: thresholds and kept edges where the bracket holds the rank, misses it, or leaves
     more than there is room for."""
 
-    name = "triton-staged"
+    name = "triton"
     device = "cuda"
 
     @pytest.mark.parametrize("exclude_self", [False, True])
@@ -282,7 +282,7 @@ class StagedBlocks:
             assert relative_error(x.cpu(), wanted) < 1e-5
 
 
-class StagedThresholds:
+class Thresholds:
     """``torch.quantile``'s to the bit, and how many entropies are at or below, after any number of brackets."""
 
     device = "cuda"

@@ -22,7 +22,7 @@ def sources(backend: str) -> str:
         root = build_record.source_tree()
         return build_record.fingerprint(root / "csrc", "cuda") if root else ""
     state = hashlib.sha256()
-    folder = Path(__file__).parent / backend.partition("-")[0]
+    folder = Path(__file__).parent / backend
     for file in sorted(folder.rglob("*.py")):
         state.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return state.hexdigest()[:16]
@@ -30,7 +30,7 @@ def sources(backend: str) -> str:
 
 def entry(backend: str, result: str, commit: str) -> dict[str, str]:
     """An entry for the current device and the installed versions; ``result`` is "right", or says what is wrong."""
-    triton = __import__("triton").__version__ if backend.startswith("triton") else ""
+    triton = __import__("triton").__version__ if backend == "triton" else ""
     return {
         "backend": backend,
         "device": torch.cuda.get_device_name(),

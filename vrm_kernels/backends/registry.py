@@ -75,14 +75,6 @@ REGISTRY = {
             triton.status,
             interpreted=triton.interpreter_devices(),
         ),
-        # The forms that are to take the place of those of `triton` and `cuda`: by name until a device has seen them.
-        Entry(
-            "triton-staged",
-            "vrm_kernels.backends.triton.staged.backend:StagedBackend",
-            ("cuda",),
-            triton.status,
-            interpreted=triton.interpreter_devices(),
-        ),
         Entry("cuda", "vrm_kernels.backends.cuda.backend:CudaBackend", ("cuda",), cuda.status),
     )
 }

@@ -13,19 +13,13 @@ ROOT = Path(__file__).parents[3]
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 OLDEST = "3.6"  # `make test` puts it there
 VERSIONS = {"installed": None, OLDEST: ROOT / ".venv" / f"triton-{OLDEST}"}
-# Bytes of its stack that a thread may spill. ptxas settles on a round number of registers and a few words more in any
-# kernel; the small regime's two large ones run for a few microseconds, bound by their launch.
-SPILLS_ALLOWED = {"gradients": 32, "edges": 48}
-FEW = 16
-FLOAT64_SPILLS_ALLOWED = {"epilogue": 128}  # twice the registers a number; not a dtype that anyone trains in
-
 LIMITS = """
 import json
 from benchmarks.gpu import triton_kernels as kernels
 
 if __name__ == "__main__":
     target = next(t for t in kernels.TARGETS if t.name == {target!r})
-    launches = kernels.recorded(nvidia=target.backend == "cuda")
+    launches = kernels.recorded()
     launches = kernels.kinds([x for x in launches if {float64} or x.dtype != "fp64"], {same})
     for launch, (used, faults) in kernels.compile_all(launches, target, {workers}):
         occupancy = used.occupancy(dict(launch.options)["num_warps"], target.shared)
@@ -40,7 +34,7 @@ from benchmarks.gpu import triton_kernels as kernels
 if __name__ == "__main__":
     assert triton.__version__.startswith({version!r}), triton.__version__
     target = next(t for t in kernels.TARGETS if t.name == {target!r})
-    launches = kernels.kinds(kernels.recorded(nvidia=target.backend == "cuda"), {same})
+    launches = kernels.kinds(kernels.recorded(), {same})
     for launch, faults in kernels.compile_all(launches, target, {workers}, kernels.faults_of_launch):
         print(json.dumps([launch.name, launch.label, faults]))
 """
@@ -84,30 +78,26 @@ def run(tmp_path, program: str, triton: str = "installed", **values) -> list[lis
 
 
 def assert_complete(names) -> None:
-    kernels = {*"prepare pack split entropy histogram count finish edges gradients total epilogue combine".split()}  # noqa: SIM905
-    staged = "prepare entropy sample missed bracket count exact moments pack dense gradients literal finish".split()  # noqa: SIM905
-    assert set(names) == kernels | {f"staged {name}" for name in staged}
+    kernels = (
+        "prepare entropy sample missed digits bracket count exact moments pack split dense gradients literal finish"
+    )
+    assert set(names) == {*kernels.split()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_within_the_devices_limits(target, tmp_path):
-    """Each kernel; for the device that most is known of each in every type of number, and of the staged ones, whose
-    registers are counted, each variant. `python -m benchmarks.gpu.triton_kernels` does so for all."""
-    same = 'lambda x: x.label if x.name.startswith("staged") else (x.name, x.dtype)'
+    """Each kernel; for the device that most is known of each variant. `python -m benchmarks.gpu.triton_kernels` does so
+    for all. None spills."""
     known = target == "sm_90"
-    rows = run(tmp_path, LIMITS, target=target, float64=known, same=same if known else "lambda x: x.name")
+    rows = run(tmp_path, LIMITS, target=target, float64=known, same=f"lambda x: x.{'label' if known else 'name'}")
     assert_complete(row[0] for row in rows)
-    for kernel, label, registers, spilled, shared, occupancy, limit, faults in rows:
-        staged = kernel.startswith("staged")
-        assert 0 < registers <= 512
-        if staged and target != "gfx942":
-            assert registers <= 128 and occupancy >= 0.25, (
+    for _, label, registers, spilled, shared, occupancy, limit, faults in rows:
+        if target != "gfx942":
+            assert 0 < registers <= 128 and occupancy >= 0.25, (
                 f"{label}: {registers} registers, {occupancy:.0%} on {target}"
             )
-        table = FLOAT64_SPILLS_ALLOWED if "fp64" in label else SPILLS_ALLOWED
-        allowed = 0 if staged else table.get(kernel, FEW)
-        assert spilled <= allowed, f"{label} spills {spilled} bytes a thread on {target}"
+        assert spilled == 0, f"{label} spills {spilled} bytes a thread on {target}"
         assert shared <= limit, f"{label} needs {shared} bytes of shared memory on {target}, of {limit}"
         assert not faults, f"{label} on {target}: {faults}"
 

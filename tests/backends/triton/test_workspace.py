@@ -1,4 +1,4 @@
-"""The memory that a call of the staged Triton kernels takes, beside inputs and gradients: its real allocations, counted
+"""The memory that a call of the Triton kernels takes, beside inputs and gradients: its real allocations, counted
 on tensors without data."""
 
 from unittest import mock
@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from triton.runtime.jit import JITFunction
 
 from vrm_kernels.backends.contract import LossSettings, Views
-from vrm_kernels.backends.triton.staged.backend import StagedBackend
+from vrm_kernels.backends.triton.backend import TritonBackend
 from vrm_kernels.graph import forms
 
 
@@ -52,6 +52,6 @@ def test_the_workspace_is_as_large_as_the_page_on_gpus_says(batch, classes, dtyp
     labels = torch.empty(batch, dtype=torch.int64, device="meta")
     settings = LossSettings(16.0, 8.0, True, True, 30.0, 1.0, 1e-7, False, 0.1, -100)
     with mock.patch.object(JITFunction, "run", lambda kernel, *args, grid, warmup, **options: None), Peak() as peak:
-        StagedBackend().vrm_loss(logits, labels, None, settings, True)
+        TritonBackend().vrm_loss(logits, labels, None, settings, True)
     gradients = 2 * batch * classes * 4
     assert round((peak.most - gradients) / 1e6, 1) == megabytes

@@ -1,63 +1,68 @@
-"""What the present stages hand to each other, in the order in which kernels take it.
+"""What the stages hand to each other: one structure of arrays, and where the vertices of a graph lie in them.
 
-Vertices are numbered over both sides: vertex ``v`` of a graph over rows is row ``v`` of the stacked ``[views, B, C]``
-logits, of a graph over columns column ``v % C`` of view ``v // C``.
+Graph 0 is the one over rows of logits, graph 1 that over columns. Its vertices are those of both sides, a vertex a row:
+row ``v`` of graph 0 is row ``v`` of the stacked views, of graph 1 column ``v % C`` of view ``v // C``. Rows are padded
+with zeros to a multiple of 16, so that they can be read in wide words. Arrays of both graphs hold graph 0 first.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
-# Sizes whose alignment buys nothing: a kernel is not compiled again for another batch size.
-SIZES = (  # noqa: SIM905 (a list would take forty lines)
-    "m n m_0 n_0 m_1 n_1 first_b first_b_0 first_b_1 vertices vertices_0 vertices_1 dims dims_0 dims_1 depth_0 "
-    "depth_1 samples rows owns others own_base other_base split slab_rows slabs_a slabs first_row first_block_row "
-    "block_rows gradient_rows tiles tiles_0 tiles_1 tiles_down tiles_stride sums_stride others_tiles flag_own "
-    "flag_other own_stride other_stride literal_plane edges_0 edges_1 all_edges graph graphs columns_0 columns_1 "
-    "count_0 count_1 jobs_0 low_rank_0 high_rank_0 low_rank_1 high_rank_1 "
-).split()
+from vrm_kernels.backends.triton.edge import wide
+
+PADDING = tl.constexpr(16)
+# The sizes of a call: a kernel is not compiled again for another batch.
+SIZES = ("rows_a", "rows_b", "classes")
 
 
-class Logits(NamedTuple):
-    student: Tensor  # [rows_a + rows_b, C]: of both views, one above the other
-    teacher: Tensor
+class Arrays(NamedTuple):
+    """``V`` vertices of ``W`` padded components, of each graph; ``R`` rows of logits in the longer view, padded."""
 
-
-class Sizes(NamedTuple):
-    """Of one graph: edge ``(i, j)`` is vertex ``i`` of ``m`` with vertex ``first_b + j``, ``j < n``, of ``vertices``.
-
-    A kernel takes these one by one, because whole numbers in a structure would be specialised.
-    """
-
-    vertices: Any
-    m: Any
-    n: Any
-    first_b: Any
-    dims: Any
-    width: Any  # components of an operand, zeros beyond ``dims``
-
-
-class Found(NamedTuple):
-    """What tiles of edges leave for the gradients."""
-
-    coefficients: Tensor  # of certified edges, zero elsewhere
-    literals: Tensor  # of the others, see literal.literal_tile
-    flags: Tensor  # int32: whether a tile has literal edges
-
-
-class Selection(NamedTuple):
-    """Which edges are kept: ``entropy <= threshold``.
-
-    With a threshold and kept counts from elsewhere, ``limits`` are any numbers and both rows of ``counts`` are the kept
-    counts.
-    """
-
-    threshold: Tensor  # [graphs]
-    limits: Tensor  # [2, graphs]: the order statistics between which the threshold lies
-    counts: Tensor  # [2, graphs] int64: how many entropies are at or below each
-
-
-class Totals(NamedTuple):
+    vertices: Tensor  # [2, V, W]: student, teacher, in the logits' dtype
+    probs: Tensor  # [m, W], of side a
+    surprisals: Tensor  # [n, W]: -log(P + 1e-7), of side b
+    finite: Tensor  # [4, R] int32: whether a row of logits is finite
+    cross_entropy: Tensor  # [2, 2, R]: of each row of a view its cross-entropy, and what it counts in the mean
+    entropies: Tensor  # [m, n], or a block of rows; of the edge of a vertex with itself NaN
+    brackets: Tensor  # [levels, 2, 8] int64, see select.py
+    samples: Tensor  # of each graph's bracket
+    collected: Tensor  # what lies in the brackets
+    thresholds: Tensor  # [2]
+    kept: Tensor  # [2] int64
+    missed: Tensor  # [2] int32: whether a bracket missed the rank, where not all entropies are stored
+    lists: Tensor  # [2 m n] int32: the vertices at the other end of a vertex' edges; of a block of rows of edges
+    losses: Tensor  # [V], of side a
+    flags: Tensor  # [tiles down, tiles across] int32, of a block in the dense form: whether a tile has literal edges
+    tile_losses: Tensor  # of the same tiles
+    partial: Tensor  # [V, W]: the graph's gradient, weighted; where probabilities and surprisals were
+    summary: Tensor  # [4]: cross-entropies of both views, 1 / their divisor, NaN if anything was not finite, else 0
+    grad_a: Tensor  # [rows_a, C]: of the cross-entropies' sums, then of the loss
+    grad_b: Tensor  # [rows_b, C]
     loss: Tensor  # []
-    terms: Tensor  # [graphs]
-    kept: Tensor  # [graphs] int64
+    terms: Tensor  # [4]
+
+
+@triton.jit
+def padded(n):
+    return (n + PADDING - 1) // PADDING * PADDING
+
+
+@triton.jit
+def sizes_of(graph, rows_a, rows_b, classes, COMPLETE: tl.constexpr):
+    """``(m, n, first_b, vertices, width)`` of a graph: edge ``(i, j)`` is vertex ``i`` with vertex ``first_b + j``."""
+    a, b = tl.where(graph == 0, rows_a, classes), tl.where(graph == 0, rows_b, classes)
+    width = padded(tl.where(graph == 0, classes, rows_a))
+    if COMPLETE:
+        m, n, first_b = a + b, a + b, 0 * a
+    else:
+        m, n, first_b = a, b, a
+    return m, n, first_b, a + b, tl.multiple_of(width, PADDING)
+
+
+@triton.jit
+def matrix_size(rows_a, rows_b, classes):
+    """Elements of graph 0's ``[V, W]``."""
+    return wide(rows_a + rows_b) * padded(classes)

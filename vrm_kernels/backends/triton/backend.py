@@ -1,4 +1,4 @@
-"""The `triton` backend, on NVIDIA and AMD GPUs. See docs/triton.md.
+"""The stages of docs/gpu.md in Triton.
 
 Nothing here reads the device or branches on what is on it: a call can be captured in a CUDA graph.
 """
@@ -17,34 +17,19 @@ from vrm_kernels.backends.contract import (
     ShareSettings,
     Sides,
     Views,
-    compute_dtype,
-    with_cross_entropies,
+    graph_sizes,
 )
-from vrm_kernels.backends.triton import counting, large, plan, shares, small, stages
+from vrm_kernels.backends.triton import counting, dense_launches, launches
+from vrm_kernels.backends.triton.arrays import Arrays
 from vrm_kernels.backends.triton.counting import on_device
-from vrm_kernels.backends.triton.stages import Graph, Problem
-from vrm_kernels.graph import pruning
+from vrm_kernels.backends.triton.launches import Given, Problem
+from vrm_kernels.backends.triton.prepare import Targets
+from vrm_kernels.graph import forms
+
+NO_TARGETS = Targets(None, None)
 
 
 class TritonBackend(Backend):
-    def relation_graph(
-        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
-    ) -> GraphResult:
-        percentile, delta, eps, exclude_self = settings
-        compute = compute_dtype(*sides)
-        (m, dims), n = sides.a.shape, sides.b.shape[0]
-        fused = plan.use_fused(compute, m * n * dims)
-        precision = plan.precision({x.dtype for x in sides}, compute, (m + n) * dims // 2, fused, sides.a.device)
-        graph = Graph(False, m, n, m, m + n, dims)
-        problem = Problem(sides, (graph,), (1.0,), percentile, delta, eps, False, exclude_self, precision)
-        ranked = probs is not None
-        with on_device(sides.a.device):
-            # Passed on without a name here, so that what is used up can be freed.
-            run = small.run if fused else large.run
-            totals, grads = run(problem, need_grad, ranked, _with_given_probs(problem, probs))
-        grad_a, grad_b = grads or (totals.loss.new_empty(0), totals.loss.new_empty(0))
-        return GraphResult(totals.loss, grad_a, grad_b, totals.kept[0])
-
     def vrm_loss(
         self,
         views: Views,
@@ -53,26 +38,32 @@ class TritonBackend(Backend):
         settings: LossSettings,
         need_grad: bool,
     ) -> LossResult:
-        compute = compute_dtype(*views)
-        b, c = views.student_real.shape
-        device, complete, percentile = views.student_real.device, settings.complete, settings.percentile
-        sides = 2 if complete else 1
-        fused = plan.use_fused(compute, sides**2 * b * c * (b + c))
-        precision = plan.precision({x.dtype for x in views}, compute, b * c, fused, device)
-        graphs = tuple(
-            Graph(by_class, sides * vertices, sides * vertices, 0 if complete else vertices, 2 * vertices, dims)
-            for by_class, vertices, dims in ((False, b, c), (True, c, b))
-        )
-        weights = settings.alpha, settings.beta
+        sizes = graph_sizes(views, settings.complete)
+        form = forms.form(sizes, settings.percentile)
+        alpha, beta, ce_real, ce_virtual, percentile, delta, eps, complete, *_ = settings
         problem = Problem(
-            views, graphs, weights, percentile, settings.delta, settings.eps, complete, complete, precision
+            views, None, sizes, (alpha, beta), percentile, delta, eps, complete, complete, need_grad, form
         )
-        with on_device(device):
-            run = small.run if fused else large.run
-            totals, grads = run(problem, need_grad, percentile < 100, _with_softmax(problem))
-        grad_a, grad_b = grads or (totals.loss.new_empty(0), totals.loss.new_empty(0))
-        relations = LossResult(totals.loss, grad_a, grad_b, totals.terms, totals.kept)
-        return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
+        targets = NO_TARGETS
+        if labels is not None and (ce_real or ce_virtual):
+            targets = Targets(labels.contiguous(), None if class_weight is None else class_weight.contiguous())
+        with on_device(views.student_real.device):
+            arrays = _run(problem, targets, settings)
+        return LossResult(arrays.loss, arrays.grad_a, arrays.grad_b, arrays.terms, arrays.kept)
+
+    def relation_graph(
+        self, sides: Sides, probs: Probs | None, settings: GraphSettings, need_grad: bool
+    ) -> GraphResult:
+        (m, dims), n = sides.a.shape, len(sides.b)
+        percentile, delta, eps, exclude_self = settings
+        if probs is None or percentile >= 100:
+            probs, percentile = None, 100.0
+        sizes = ((m, n, dims),)
+        form = forms.form(sizes, percentile)
+        problem = Problem(sides, probs, sizes, (1.0, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form)
+        with on_device(sides.a.device):
+            arrays = _run(problem, NO_TARGETS, None)
+        return GraphResult(arrays.loss, arrays.grad_a, arrays.grad_b, arrays.kept[0])
 
     def entropy_of_logs(self, probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
         return counting.entropy_of_logs(probs_a, log_probs_b)
@@ -88,22 +79,37 @@ class TritonBackend(Backend):
         settings: ShareSettings,
         grads: Sequence[Tensor],
     ) -> Tensor:
-        return shares.relation_share(sides, entropy, settings, grads)
+        (m, dims), n = sides.a.shape, len(sides.b)
+        threshold, kept, edges, weight, delta, eps, exclude_self = settings
+        sizes, percentile = ((m, n, dims),), 100.0 if entropy is None else 0.0
+        form = forms.form(sizes, 100.0)  # how many of its edges are kept is not known
+        need_grad = bool(grads)
+        problem = Problem(
+            sides, None, sizes, (weight, 0.0), percentile, delta, eps, False, exclude_self, need_grad, form, edges
+        )
+        with on_device(sides.a.device):
+            given = Given(entropy, threshold, kept) if entropy is not None else None
+            arrays = _run(problem, NO_TARGETS, None, given)
+        for grad, part in zip(grads, (arrays.grad_a, arrays.grad_b), strict=False):
+            grad.add_(part)
+        return arrays.terms[2]
 
 
-def _with_given_probs(problem: Problem, probs: Probs | None) -> stages.Prepared:
-    prepared = stages.prepare(problem, softmax=False)
-    if probs is None:
-        return prepared
-    p, q = (x.to(problem.precision.compute).contiguous() for x in probs)
-    prepared.bad[:1].logical_or_(~(p.sum() + q.sum()).isfinite())
-    return stages.with_probs(prepared, p, -pruning.log_probs(q))
-
-
-def _with_softmax(problem: Problem) -> stages.Prepared:
-    prepared = stages.prepare(problem, softmax=True)
-    assert prepared.surprisals is not None
-    if problem.complete:
-        return prepared
-    # Vertex 0 of side b is the first of the virtual view.
-    return stages.with_probs(prepared, prepared.probs, prepared.surprisals[problem.samples :])
+def _run(problem: Problem, targets: Targets, settings: LossSettings | None, given: Given | None = None) -> Arrays:
+    """All stages; ``settings`` are those of the cross-entropies. With a ``given`` selection edges are not ranked."""
+    call = launches.lay_out(problem, given)
+    ranked = problem.percentile < 100 and given is None
+    launches.prepare(call, targets, settings)
+    if problem.form == "dense":
+        precision = dense_launches.precision_of(call.logits, call.dtype)
+        graphs = dense_launches.entropies(call, precision, given.entropy if given else None)
+        if ranked:
+            dense_launches.select(call, graphs)
+        dense_launches.edges(call, precision, targets, graphs)
+    else:
+        if ranked:
+            launches.entropy(call)
+            launches.select(call)
+        launches.literal(call, targets)
+    launches.finish(call, targets, settings)
+    return call.arrays

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vrm_kernels.backends.triton.edge import wide
 from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, product
-from vrm_kernels.backends.triton.staged.select import to_key
+from vrm_kernels.backends.triton.select import to_key
 
 BINS = tl.constexpr(2048)
 COUNT = {"BLOCK": 4096, "num_warps": 8, **FUSED_MULTIPLY_ADD}
@@ -40,7 +40,7 @@ def add_digits(
 
 
 @triton.jit
-def count_kernel(
+def digits_kernel(
     values,  # [rows, row_stride], of which `columns` are counted
     columns, count, row_stride,
     prefixes,  # [2] int64: as of vrm_kernels.graph.selection.count_digits
@@ -71,7 +71,7 @@ def count_digits(x: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
     leading = shift + bits == 8 * x.element_size()
     counts = prefixes.new_zeros(1 if leading else 2, 2**bits)
     with on_device(x.device):
-        count_kernel[(triton.cdiv(x.numel(), COUNT["BLOCK"]),)](
+        digits_kernel[(triton.cdiv(x.numel(), COUNT["BLOCK"]),)](
             values=x, columns=x.shape[1], count=x.numel(), row_stride=x.stride(0), prefixes=prefixes,
             histograms=counts, LEADING=leading, SHIFT=shift, BITS=bits,
             **COUNT,

@@ -47,49 +47,30 @@ def coefficient_products(coefficients: Tensor, vectors: Tensor, out: Tensor) -> 
 
 
 @triton.jit
-def vertex_offset(v, samples, classes, BY_CLASS: tl.constexpr):
-    """Offset of component 0 of vertices ``v`` in the stacked logits."""
-    v = wide(v)
-    if BY_CLASS:
-        offset = (v // classes) * samples * classes + v % classes
-    else:
-        offset = v * classes
-    return offset
+def _store_terms(out, high, low, width, mask, ROLE: tl.constexpr):
+    """A sum of two numbers as three: ``[high, low, high]``, or of the other side ``[high, high, low]``. The product
+    along all of them is that of the sums, but for ``low low``."""
+    tl.store(out, high, mask)
+    tl.store(out + width, low if ROLE == 0 else high, mask)
+    tl.store(out + 2 * width, high if ROLE == 0 else low, mask)
 
 
 @triton.jit
-def round_tf32(x):
-    """To the 11 significant bits that TF32 products read, to nearest: read as they are, the rest would be cut off."""
-    bits = x.to(tl.uint32, bitcast=True)
-    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def store_operand(
-    out, role, x, d, width, mask, TERMS: tl.constexpr, ROUND_TF32: tl.constexpr
-):  # fmt: skip
-    """Write ``x`` as the operand of a product, and return what was written.
-
-    With three terms a number is a sum ``high + low`` of two short ones, and the operands' components are laid out
-    ``[high, low, high]`` on one side (role 0) and ``[high, high, low]`` on the other (role 1, ``role`` elements on):
-    the product along all of them is that of the sums, but for ``low low``.
-    """
+def store_operand(out, role, x, d, width, mask, TERMS: tl.constexpr):
+    """Write ``x`` as the operand of a product, and return what was written; with three terms as one of either side,
+    the second ``role`` elements on."""
     T: tl.constexpr = x.dtype
     S: tl.constexpr = out.dtype.element_ty
     x = tl.where(is_finite(x), x, 0.0)  # what is not is never read as an edge, but a zero times it would be NaN
-    if ROUND_TF32:
-        x = round_tf32(x)
     high = x.to(S)
-    tl.store(out + d, high, mask)
     written = high.to(T)
     if TERMS > 1:
         low = (x - written).to(S)
-        tl.store(out + d + width, low, mask)
-        tl.store(out + d + 2 * width, high, mask)
-        tl.store(out + role + d, high, mask)
-        tl.store(out + role + d + width, high, mask)
-        tl.store(out + role + d + 2 * width, low, mask)
+        _store_terms(out + d, high, low, width, mask, 0)
+        _store_terms(out + role + d, high, low, width, mask, 1)
         written += low.to(T)
+    else:
+        tl.store(out + d, high, mask)
     return written
 
 
@@ -106,31 +87,19 @@ def store_coefficient(out, x, part, mask, SPLIT: tl.constexpr):
     return written
 
 
-@triton.jit(do_not_specialize=["rows", "dims", "samples"])
+@triton.jit(do_not_specialize=["rows", "dims"])
 def split_kernel(
-    x,  # [.., C] stacked
-    out,  # [rows, TERMS * width]
-    rows, dims, width, samples, classes,
-    BY_CLASS: tl.constexpr, ROLE: tl.constexpr, TERMS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x,  # [rows, dims]
+    out,  # [rows, 3 * width]
+    rows, dims, width,
+    ROLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first vertices of ``x`` as an operand of sums of two (3 TERMS) or three (6 TERMS) short numbers."""
-    T: tl.constexpr = x.dtype.element_ty
+    """A matrix as an operand of sums of two short numbers."""
     S: tl.constexpr = out.dtype.element_ty
     v = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    stride = wide(classes) if BY_CLASS else 1
-    at = vertex_offset(v, samples, classes, BY_CLASS)
-    value = tl.load(x + at[:, None] + d[None] * stride, (v < rows)[:, None] & (d < dims)[None], 0.0)
+    there = (v < rows)[:, None]
+    value = tl.load(x + wide(v)[:, None] * dims + d[None], there & (d < dims)[None], 0.0)
     high = value.to(S)
-    middle = (value - high.to(T)).to(S)
-    low = (value - high.to(T) - middle.to(T)).to(S)
-    to = out + wide(v)[:, None] * (TERMS * width) + d[None]
-    mask = (v < rows)[:, None] & (d < width)[None]
-    # Term by term: high high, high middle, middle high; and middle middle, high low, low high.
-    tl.store(to, high, mask)
-    tl.store(to + width, high if ROLE == 0 else middle, mask)
-    tl.store(to + 2 * width, middle if ROLE == 0 else high, mask)
-    if TERMS == 6:
-        tl.store(to + 3 * width, middle, mask)
-        tl.store(to + 4 * width, high if ROLE == 0 else low, mask)
-        tl.store(to + 5 * width, low if ROLE == 0 else high, mask)
+    low = (value - high.to(value.dtype)).to(S)
+    _store_terms(out + wide(v)[:, None] * (3 * width) + d[None], high, low, width, there & (d < width)[None], ROLE)

@@ -4,10 +4,10 @@ the library's product, where a graph has more edges than are stored. See docs/gp
 import triton
 import triton.language as tl
 
+from vrm_kernels.backends.triton.arrays import PADDING, SIZES, sizes_of
 from vrm_kernels.backends.triton.counting import add_digits
 from vrm_kernels.backends.triton.edge import wide
-from vrm_kernels.backends.triton.staged.arrays import PADDING, SIZES, sizes_of
-from vrm_kernels.backends.triton.staged.select import HASH, to_key
+from vrm_kernels.backends.triton.select import HASH, to_key
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def sample_kernel(
 def missed_kernel(
     arrays,
     left, right,  # operands: [m, depth], [n, depth]
-    prefixes, histograms,  # as of counting.count_kernel; or none
+    prefixes, histograms,  # as of counting.digits_kernel; or none
     m, n, depth,
     first_row,  # of the graph
     GRAPH: tl.constexpr, EXCLUDE_SELF: tl.constexpr, LEADING: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,

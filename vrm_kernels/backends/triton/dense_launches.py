@@ -7,6 +7,10 @@ import torch
 from torch import Tensor
 
 from vrm_kernels.backends.contract import float32_products
+from vrm_kernels.backends.triton import launches
+from vrm_kernels.backends.triton.dense import dense_kernel, gradients_kernel, moments_kernel, pack_kernel
+from vrm_kernels.backends.triton.entropy import missed_kernel, sample_kernel
+from vrm_kernels.backends.triton.launches import Call, blocks, padded, wider
 from vrm_kernels.backends.triton.operands import (
     AVERAGING_COMPONENTS,
     FUSED_MULTIPLY_ADD,
@@ -15,19 +19,15 @@ from vrm_kernels.backends.triton.operands import (
     product,
     split_kernel,
 )
-from vrm_kernels.backends.triton.staged import launches
-from vrm_kernels.backends.triton.staged.dense import dense_kernel, gradients_kernel, moments_kernel, pack_kernel
-from vrm_kernels.backends.triton.staged.entropy import missed_kernel, sample_kernel
-from vrm_kernels.backends.triton.staged.launches import Call, blocks, padded, wider
-from vrm_kernels.backends.triton.staged.prepare import Targets
+from vrm_kernels.backends.triton.prepare import Targets
 from vrm_kernels.graph import forms, pruning, selection
 
 MOMENTS = {"BLOCK": 1024, "num_warps": 4}
 PACK = {"ROWS": 8, "BLOCK": 64, "num_warps": 8}
 SPLIT = {"ROWS": 32, "BLOCK": 64, "num_warps": 4}
 GRADIENTS = {"ROWS": 32, "BLOCK": 64, "num_warps": 8}
-SAMPLE = {"BLOCK": 16, "DEPTH": 256, "num_warps": 4}
-MISSED, MISSED_PROGRAMS = {"BLOCK": 32, "DEPTH": 32, "num_warps": 8}, 2048
+SAMPLE = {"BLOCK": 8, "DEPTH": 128, "num_warps": 4}
+MISSED, MISSED_PROGRAMS = {"BLOCK": 16, "DEPTH": 16, "num_warps": 4}, 2048
 WIDTH_MULTIPLE = 64  # of the operands' components
 # Of the products of some rows of edges, which the epilogue reads back from the second-level cache; but no fewer rows
 # than a product needs to be efficient.
@@ -180,13 +180,12 @@ def select(call: Call, graphs: list[Blocks]) -> None:
 
 
 def _split(x: Tensor, role: int, precision: Precision) -> Tensor:
-    (rows, depth), terms = x.shape, precision.entropy_terms
+    rows, depth = x.shape
     width = -(-depth // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-    out = x.new_empty(rows, terms * width, dtype=precision.operand)
+    out = x.new_empty(rows, 3 * width, dtype=precision.operand)
     split_kernel[(blocks(rows, SPLIT["ROWS"]), blocks(width, SPLIT["BLOCK"]))](
-        x=x, out=out, rows=rows, dims=depth, width=width, samples=rows, classes=depth,
-        BY_CLASS=False, ROLE=role, TERMS=terms, **SPLIT, **FUSED_MULTIPLY_ADD,
-    )  # fmt: skip
+        x=x, out=out, rows=rows, dims=depth, width=width, ROLE=role, **SPLIT, **FUSED_MULTIPLY_ADD
+    )
     return out
 
 

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from vrm_kernels.backends.triton.arrays import SIZES, matrix_size, padded, sizes_of
 from vrm_kernels.backends.triton.edge import COUNT_EPS, number, wide
-from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, padded, sizes_of
 
 
 @triton.jit
@@ -65,7 +65,10 @@ def finish_kernel(
             column = wide(view * classes + c)[:, None]
             partial = arrays.partial + matrix_size(rows_a, rows_b, classes) + column * padded(rows_a) + b[None]
             total += tl.trans(tl.load(partial, (c < classes)[:, None] & (b < rows)[None], 0.0))
-        out = arrays.grads + row * classes + c[None]
+        out = arrays.grad_a
+        if view == 1:
+            out = arrays.grad_b
+        out += wide(b)[:, None] * classes + c[None]
         if CE_REAL or CE_VIRTUAL:
             columns = tl.where(tl.where(view == 0, CE_REAL, CE_VIRTUAL), classes, 0)
             cross = tl.load(out, (b < rows)[:, None] & (c < columns)[None], 0.0)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from vrm_kernels.backends.contract import LossSettings, Probs, compute_dtype
+from vrm_kernels.backends.triton.arrays import PADDING, Arrays
+from vrm_kernels.backends.triton.entropy import entropy_kernel
+from vrm_kernels.backends.triton.finish import finish_kernel
+from vrm_kernels.backends.triton.literal import literal_kernel
 from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, parts
-from vrm_kernels.backends.triton.staged.arrays import PADDING, Arrays
-from vrm_kernels.backends.triton.staged.entropy import entropy_kernel
-from vrm_kernels.backends.triton.staged.finish import finish_kernel
-from vrm_kernels.backends.triton.staged.literal import literal_kernel
-from vrm_kernels.backends.triton.staged.prepare import CLASS_INDICES, NO_TARGET, PROBABILITIES, Targets, prepare_kernel
-from vrm_kernels.backends.triton.staged.select import FIELDS, bracket_kernel, count_kernel, exact_kernel
+from vrm_kernels.backends.triton.prepare import CLASS_INDICES, NO_TARGET, PROBABILITIES, Targets, prepare_kernel
+from vrm_kernels.backends.triton.select import FIELDS, bracket_kernel, count_kernel, exact_kernel
 from vrm_kernels.graph import forms, pruning
 
 # Meta-parameters of each kernel.
@@ -167,7 +167,8 @@ def lay_out(problem: Problem, given: Given | None = None) -> Call:
         surprisals=surprisals,
         brackets=new((len(plan.sources) - 1) * 2 * FIELDS.value, dtype=torch.int64),
         kept=new(2, dtype=torch.int64),
-        grads=new((rows_a + rows_b, classes) if problem.need_grad else 0, dtype=dtype),
+        grad_a=new((rows_a, classes) if problem.need_grad else 0, dtype=dtype),
+        grad_b=new((rows_b, classes) if problem.need_grad else 0, dtype=dtype),
         loss=new((), dtype=dtype),
         terms=new(4, dtype=dtype),
     )

@@ -7,9 +7,9 @@ student scaled; a number is a sum of one or two short ones: :func:`vrm_kernels.b
 import triton
 import triton.language as tl
 
+from vrm_kernels.backends.triton.arrays import SIZES, matrix_size, sizes_of
 from vrm_kernels.backends.triton.edge import COUNT_EPS, certified_tile, is_finite, number, wide
 from vrm_kernels.backends.triton.operands import store_coefficient, store_operand
-from vrm_kernels.backends.triton.staged.arrays import SIZES, matrix_size, sizes_of
 
 DENSE_SIZES = ("packed_width", "first_row", "block_rows", "row", "room", "edges", "own_base", "owns", "other_tiles")
 
@@ -115,9 +115,9 @@ def pack_kernel(
         s = tl.where(mask, (tl.load(students + at, mask, 0.0).to(T) - mean_s[None]) * scaled, 0.0)
         t = tl.where(mask, tl.load(teachers + at, mask, 0.0).to(T) - mean_t[None], 0.0)
         write = inside[:, None] & (d < packed_width)[None]
-        kept_s = store_operand(out, 3 * layer, s, d[None], packed_width, write, TERMS, False)
-        kept_t = store_operand(out + layer, 3 * layer, t, d[None], packed_width, write, TERMS, False)
-        kept_w = store_operand(out + 2 * layer, 3 * layer, s - t, d[None], packed_width, write, TERMS, False)
+        kept_s = store_operand(out, 3 * layer, s, d[None], packed_width, write, TERMS)
+        kept_t = store_operand(out + layer, 3 * layer, t, d[None], packed_width, write, TERMS)
+        kept_w = store_operand(out + 2 * layer, 3 * layer, s - t, d[None], packed_width, write, TERMS)
         # Of what the products will see, so that each distance is that of the two written vectors; but a component that
         # was not finite must show.
         square_s += tl.sum(kept_s * kept_s + tl.where(is_finite(s), 0.0, float("inf")), 1)

@@ -1,1 +1,0 @@
-"""The stages of docs/gpu.md in Triton, a file each; backend.py puts them together."""
