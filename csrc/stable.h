@@ -12,6 +12,7 @@
 
 #include <array>
 #include <stdexcept>
+#include <string>
 
 // Declares a function of torch's, which is null beside a torch that lacks it.
 #if defined(__APPLE__)
@@ -81,6 +82,15 @@ inline Tensor log_of(const Tensor& probs, double eps) {
   static const Tensor& one = *new Tensor(torch::stable::full({}, 1.0));
   return aten("aten::log_", "", torch::stable::subtract(probs, one, -eps));
 }
+
+// For messages.
+inline std::string sizes_of(const Tensor& x) {
+  std::string sizes;
+  for (int64_t d = 0; d < x.dim(); ++d) sizes += (d == 0 ? "" : ", ") + std::to_string(x.size(d));
+  return "[" + sizes + "]";
+}
+
+inline const char* name_of(const Tensor& x) { return torch::headeronly::toString(x.scalar_type()); }
 
 inline void check_rank(int64_t rank, double lerp_weight, int64_t edges) {
   STD_TORCH_CHECK(rank >= 0 && rank < edges && lerp_weight >= 0 && lerp_weight <= 1, "the rank of a threshold among ",

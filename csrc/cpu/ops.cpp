@@ -112,13 +112,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cpu_relation_graph(const Tensor& a, c
              lerp_weight, delta, eps, exclude_self, need_grad);
 }
 
-template <class T> Tensor joint_entropy(const Tensor& probs, const Tensor& logs) {
-  const int64_t rows = probs.size(0), columns = logs.size(0), pad = kEntropyPad;
-  const int64_t stride = (columns + pad - 1) / pad * pad;
-  Tensor h = empty_like<T>(probs, {rows + pad, stride});
-  joint_entropy<T>(rows_of<T>(probs), rows_of<T>(logs), rows, columns, probs.size(1), h.mutable_data_ptr<T>(), stride);
+// Entropies lie in whole panels, so that kernels write panels and read registers.
+template <class T> Tensor empty_entropy(const Tensor& like, int64_t rows, int64_t columns) {
+  constexpr int64_t pad = kEntropyPad;
+  Tensor h = empty_like<T>(like, {rows + pad, (columns + pad - 1) / pad * pad});
   h = torch::stable::narrow(h, 0, 0, rows);
   return torch::stable::narrow(h, 1, 0, columns);
+}
+
+template <class T> Tensor joint_entropy(const Tensor& probs, const Tensor& logs) {
+  const int64_t rows = probs.size(0), columns = logs.size(0);
+  const Tensor h = empty_entropy<T>(probs, rows, columns);
+  joint_entropy<T>(rows_of<T>(probs), rows_of<T>(logs), rows, columns, probs.size(1), h.mutable_data_ptr<T>(), h.stride(0));
+  return h;
 }
 
 Tensor cpu_joint_entropy(const Tensor& probs_a, const Tensor& log_probs_b) {
@@ -173,13 +179,24 @@ Tensor relation_share(const Tensor& a, const Tensor& b, const Tensor& teacher_a,
   GraphInput<T> input{};
   describe(input, a, b, teacher_a, teacher_b, grad_a, grad_b, delta, eps, exclude_self, need_grad);
   rank_by(input, probs, logs);
-  if (entropy.has_value()) {  // of cpu_joint_entropy, which left room behind every row
+  OptionalTensor h = entropy;
+  if (h.has_value()) {
+    if (h->stride(1) != 1 || h->stride(0) % kEntropyPad != 0) {  // not of cpu_joint_entropy
+      h = empty_entropy<T>(a, a.size(0), b.size(0));
+      torch::stable::copy_(*h, *entropy);
+    }
     input.keep_all = false;
-    input.entropy = entropy->const_data_ptr<T>(), input.entropy_stride = entropy->stride(0);
+    input.entropy = h->const_data_ptr<T>(), input.entropy_stride = h->stride(0);
   }
   input.weight = weight;
   input.share = true, input.edges = edges, input.threshold = threshold, input.kept = kept;
   return scalar<T>(a, static_cast<T>(run_graphs<T>({input})[0].loss));
+}
+
+// What a kernel reads or writes as it is.
+void check_given(const Tensor& x, const char* name, int64_t rows, int64_t columns, ScalarType type) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == rows && x.size(1) == columns && x.scalar_type() == type, name, " must be [",
+                  rows, ", ", columns, "] of ", torch::headeronly::toString(type), ", not ", sizes_of(x), " of ", name_of(x));
 }
 
 // Adds to the caller's gradients, because those of many shares end in one matrix.
@@ -188,6 +205,11 @@ Tensor cpu_relation_share(const Tensor& a, const Tensor& b, const Tensor& teache
                           const OptionalTensor& entropy, const Tensor& grad_a, const Tensor& grad_b, double threshold,
                           int64_t kept, double edges, double weight, double delta, double eps, bool exclude_self, bool need_grad) {
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
+  if (entropy.has_value()) check_given(*entropy, "entropy", a.size(0), b.size(0), type);
+  if (need_grad) {
+    check_given(grad_a, "grad_a", a.size(0), a.size(1), type);
+    check_given(grad_b, "grad_b", b.size(0), a.size(1), type);
+  }
   OptionalTensor p, l;
   if (!entropy.has_value() && probs_a.has_value()) {
     p = prepare(*probs_a, type);

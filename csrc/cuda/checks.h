@@ -23,14 +23,6 @@ constexpr DeviceType kDevice = DeviceType::CPU;
 constexpr DeviceType kDevice = DeviceType::CUDA;
 #endif
 
-inline std::string sizes_of(const Tensor& x) {
-  std::string sizes;
-  for (int64_t d = 0; d < x.dim(); ++d) sizes += (d == 0 ? "" : ", ") + std::to_string(x.size(d));
-  return "[" + sizes + "]";
-}
-
-inline const char* name_of(const Tensor& x) { return torch::headeronly::toString(x.scalar_type()); }
-
 inline void check_device(const Tensor& x, const char* name, const Tensor& first) {
   STD_TORCH_CHECK(x.device().type() == kDevice && x.get_device_index() == first.get_device_index(), name,
                   " must be on the CUDA device of the first argument");

@@ -131,3 +131,20 @@ def test_opcheck_cpu_operators_of_a_share(cpp, dtype):
                 False,
             )
             torch.library.opcheck(cpp.cpu_relation_share, (*arguments, need_grad))
+
+
+def test_a_share_takes_entropies_of_any_strides_and_refuses_other_shapes(cpp):
+    a, b = torch.randn(5, 4), torch.randn(6, 4)
+    entropy = cpp.cpu_joint_entropy(a.softmax(1), b.log_softmax(1))
+    good = [a, b, a, b, None, None, entropy, a.clone(), b.clone(), 1.5, 7, 30.0, 2.0, 1.0, 1e-7, False, True]
+    expected = cpp.cpu_relation_share(*good)
+    for other in (entropy.contiguous(), entropy.t().contiguous().t()):  # without room behind their rows
+        assert torch.equal(cpp.cpu_relation_share(*good[:6], other, *good[7:]), expected)
+    for at, wrong, said in (
+        (6, entropy[:, :3], r"entropy must be \[5, 6\] of Float, not \[5, 3\] of Float"),
+        (6, entropy.double(), r"entropy must be \[5, 6\] of Float, not \[5, 6\] of Double"),
+        (7, torch.zeros(2, 2), r"grad_a must be \[5, 4\] of Float, not \[2, 2\] of Float"),
+        (8, torch.zeros(6, 4).half(), r"grad_b must be \[6, 4\] of Float, not \[6, 4\] of Half"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            cpp.cpu_relation_share(*good[:at], wrong, *good[at + 1 :])
