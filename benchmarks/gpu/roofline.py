@@ -16,7 +16,8 @@ BEGIN, END = "<!-- stages:begin -->", "<!-- stages:end -->"
 # Measured on one H100 80GB HBM3: a large copy, large products in bfloat16, float32 multiply-adds.
 BYTES, MATRIX, FLOAT = 3.05e12, 773e12, 52e12
 LAUNCH, TRIP = 1.5e-6, 0.6e-6  # of a kernel in a replayed graph; a dependent load from memory
-PERCENTILE, TILE = 30.0, 2048
+PERCENTILE = 30.0
+TILE = 2048  # vertices of a side of what the CUDA backend's dense form takes at a time, with launches of its own
 SIZES = (
     ((64, 100), "f32"),
     ((256, 100), "f32"),
@@ -73,12 +74,15 @@ def stages(batch: int, classes: int, dtype: str) -> Iterator[Stage]:
     graphs = [(batch, batch, classes), (classes, classes, batch)]
     literal = forms.form(graphs, PERCENTILE) == "literal"
     levels = max(forms.levels(m * n) for m, n, _ in graphs)
+    tiles_of = [-(-m // TILE) * -(-n // TILE) for m, n, _ in graphs]
+    # Entropies that are not stored are computed for the threshold and again for the edges.
+    times = [2 if m * n > forms.STORED_EDGES else 1 for m, n, _ in graphs]
+    ranking = sum(2.0 * m * n * dims * k for (m, n, dims), k in zip(graphs, times, strict=True))
+    tiles, entropy_tiles = sum(tiles_of), sum(n * k for n, k in zip(tiles_of, times, strict=True))
     copied = (8 + 4) * 4 if literal else (4 + 4) * read  # vertices of both graphs; probabilities, surprisals
     yield Stage("prepare", 1, 4, logits * (4 * read + copied + 2 * 4), 30.0 * 4 * logits)
-    if literal or dtype == "f32":
-        yield Stage("entropy", 1, 2, 4.0 * edges, unit)
-    else:
-        yield Stage("entropy", 1, 2, 4.0 * edges, 0.0, products.entropy * unit)
+    arithmetic = (ranking, 0.0) if literal or dtype == "f32" else (0.0, products.entropy * ranking)
+    yield Stage("entropy", 1 if literal else entropy_tiles, 2, 4.0 * edges, *arithmetic)
     # A block of 1024 threads reads what is left about ten times, at two operations a thread and microsecond.
     left = min(edges, forms.SELECT_EDGES)
     yield Stage("select", 2 * levels + 1, 14 * (levels + 1), 4.0 * edges, 10.0 * left * 132)
@@ -87,15 +91,16 @@ def stages(batch: int, classes: int, dtype: str) -> Iterator[Stage]:
         yield Stage("literal", 1, 5, 0.0, 2 * share * unit * forms.LITERAL_VISIT)
     else:
         parts = 4 if products.edges > 3 else 1  # of a packed vector
-        yield Stage("pack", 1, 3, logits * (4 * read + 2 * 6 * operand * parts))
+        yield Stage("pack", 8, 3, logits * (4 * read + 2 * 6 * operand * parts))
         dense = products.edges * unit
         arithmetic = (dense, 0.0) if dtype == "f32" else (30.0 * edges, dense)
-        yield Stage("dense", 1, 3, edges * (4 + 2 * coefficient + 1 / 8), *arithmetic)
-        tiles = sum((-(-count // TILE)) ** 2 for count in (batch, classes))
+        yield Stage("dense", 4 * tiles, 3, edges * (4 + 2 * coefficient + 1 / 8), *arithmetic)
         yield Stage("literal", tiles, 3)  # where all edges are certified
         gradient = products.gradient * unit
         arithmetic = (gradient, 0.0) if dtype == "f32" else (0.0, gradient)
-        yield Stage("gradients", 2, 3, edges * 4 * coefficient + 4.0 * 8 * logits, *arithmetic)
+        yield Stage(
+            "gradients", (products.gradient + 2) * tiles, 3, edges * 4 * coefficient + 4.0 * 8 * logits, *arithmetic
+        )
     yield Stage("finish", 1, 2, logits * 4 * 4 * 2)
 
 
