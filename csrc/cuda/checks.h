@@ -73,9 +73,10 @@ inline void check_sides(const Tensor& a, const Tensor& b, const Tensor& teacher_
 }
 
 inline void check_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                        const OptionalTensor& probs_a, const OptionalTensor& probs_b, bool exclude_self) {
+                        const OptionalTensor& probs_a, const OptionalTensor& probs_b, bool exclude_self,
+                        bool share = false) {
   check_sides(a, b, teacher_a, teacher_b);
-  STD_TORCH_CHECK(!exclude_self || a.size(0) == b.size(0), "one vertex set on both sides has one size, not ", a.size(0),
+  STD_TORCH_CHECK(!exclude_self || share || a.size(0) == b.size(0), "one vertex set on both sides has one size, not ", a.size(0),
                   " and ", b.size(0));
   STD_TORCH_CHECK(a.numel() > 0 && b.numel() > 0, "a and b must not be empty: they are ", sizes_of(a), " and ",
                   sizes_of(b));
@@ -85,6 +86,20 @@ inline void check_graph(const Tensor& a, const Tensor& b, const Tensor& teacher_
                   sizes_of(*probs_a));
   check_matrix(*probs_a, "probs_a", a.size(0), probs_a->size(1), a);
   check_matrix(*probs_b, "probs_b", b.size(0), probs_a->size(1), a);
+}
+
+// What a share of a graph is given: entropies, or none where every edge is kept; the threshold and the kept count.
+inline void check_given(const Tensor& a, const Tensor& b, const OptionalTensor& entropy,
+                        const OptionalTensor& threshold, const OptionalTensor& kept, bool ranked, ScalarType type) {
+  STD_TORCH_CHECK(threshold.has_value() == kept.has_value(), "a threshold and a kept count are given both or neither");
+  STD_TORCH_CHECK(kept.has_value() || !entropy.has_value(), "entropies are given with a threshold and a kept count");
+  if (!kept.has_value()) return;
+  STD_TORCH_CHECK(!ranked, "probs rank the edges of a whole graph, and a threshold is given for a share: not both");
+  check_scalar(*threshold, "threshold", type, a);
+  check_scalar(*kept, "kept", ScalarType::Long, a);
+  if (!entropy.has_value()) return;
+  check_matrix(*entropy, "entropy", a.size(0), b.size(0), a);
+  check_type(*entropy, "entropy", type);
 }
 
 inline void check_views(const Tensor& student_real, const Tensor& student_virtual, const Tensor& teacher_real,

@@ -11,7 +11,7 @@ VRM_HOST_DEVICE constexpr int64_t entropy_tasks(int64_t rows, int64_t columns) {
   return ceil_div(rows, kTile) * ceil_div(columns, kTile);
 }
 template <class T> __host__ __device__ inline int64_t entropy_blocks(const Graph<T>& g) {
-  return g.keep_all ? 0 : entropy_tasks(g.rows, g.columns);
+  return g.ranked() ? entropy_tasks(g.rows, g.columns) : 0;
 }
 
 constexpr int kEntropyDepth = 64;  // of a strip: few trips to memory, one after the other

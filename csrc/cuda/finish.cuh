@@ -12,11 +12,15 @@ template <class T> __device__ __forceinline__ bool is_poisoned(const Problem<T>&
   return p.totals->poisoned != 0 || (!g.keep_all && !(g.status->threshold == g.status->threshold));
 }
 
+template <class T> __device__ __forceinline__ int64_t kept_of(const Graph<T>& g) {
+  return g.given_kept != nullptr ? *g.given_kept : static_cast<int64_t>(g.status->kept);
+}
+
 // What a graph's gradient is multiplied by; NaN poisons all of it.
 template <class T> __device__ __forceinline__ T gradient_scale(const Problem<T>& p, int graph) {
   if (is_poisoned(p, graph)) return kNotANumber<T>;
   const Graph<T>& g = p.graph[graph];
-  return static_cast<T>(g.weight / (static_cast<double>(g.status->kept) + kCountEps));
+  return static_cast<T>(g.weight / (static_cast<double>(kept_of(g)) + kCountEps));
 }
 
 // Of a vertex, of the sum of its edges' losses.
@@ -81,11 +85,11 @@ template <class T> __device__ __forceinline__ void finish_loss(const Problem<T>&
       for (int64_t i = thread_index(); i < dense_tasks(g.rows, g.columns); i += kThreads) sum += g.packed.losses[i];
     sum = block_sum(sum, room);
     const bool poisoned = is_poisoned(p, k);
-    const double loss = poisoned ? kNotANumber<double> : sum / (static_cast<double>(g.status->kept) + kCountEps);
+    const double loss = poisoned ? kNotANumber<double> : sum / (static_cast<double>(kept_of(g)) + kCountEps);
     total += g.weight * loss;
     if (thread_index() != 0) continue;
     if (b.samples > 0) p.terms_out[2 + k] = static_cast<T>(loss);
-    p.kept_out[k] = poisoned ? 0 : static_cast<int64_t>(g.status->kept);
+    p.kept_out[k] = poisoned ? 0 : kept_of(g);
   }
   if (thread_index() == 0) *p.loss_out = static_cast<T>(total);
 }

@@ -61,7 +61,7 @@ template <class T> void plan_vectors(Carver& carver, Problem<T>& p, const Settin
     const int64_t first = side == 0 ? 0 : g.first_b;
     g.student_views[side] = x.student[side], g.teacher_views[side] = x.teacher[side];
     if (!settings.dense) x.students[side] = student + first * g.dims, x.teachers[side] = teacher + first * g.dims;
-    if (!g.keep_all && settings.half_level == kNoHalf) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
+    if (g.ranked() && settings.half_level == kNoHalf) x.factors[side] = carver.take<T>(x.count[side] * x.depth);
     x.poison[side] = carver.take<T>(x.count[side]);
     x.largest[side] = carver.take<T>(x.count[side]);
     p.output[side].rows = x.count[side], p.output[side].columns = x.dims, p.output[side].by_row = first;
@@ -77,7 +77,7 @@ template <class T> void plan_graph(Carver& carver, Graph<T>& g, const Settings& 
   g.dense = settings.dense;
   if (g.dense)
     plan_dense(carver, g, settings);
-  else if (!g.keep_all) {
+  else if (g.ranked()) {
     g.entropy = carver.take<T>(g.rows * g.columns);
     g.entropy_depth = g.depth;
     plan_brackets(carver, g, true);

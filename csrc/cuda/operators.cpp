@@ -94,7 +94,7 @@ struct GraphArguments {
 template <class T> void describe(Graph<T>& g, int64_t rows, int64_t columns, const GraphArguments& arguments) {
   g.edges = rows * columns - (arguments.exclude_self ? rows : 0);
   g.keep_all = arguments.keep_all || g.edges == 0;  // one vertex on both sides has no edge to be the threshold
-  if (!g.keep_all) check_rank(arguments.rank, arguments.lerp_weight, g.edges);
+  if (g.ranked()) check_rank(arguments.rank, arguments.lerp_weight, g.edges);
   g.levels = static_cast<int>(arguments.brackets.size() / 3);
   for (int k = 0; k < g.levels; ++k) {
     const int64_t* bracket = &arguments.brackets[3 * k];
@@ -109,9 +109,14 @@ template <class T> void describe(Graph<T>& g, int64_t rows, int64_t columns, con
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// The selection of a graph that this is a share of.
+struct Given {
+  OptionalTensor entropy, threshold, kept;
+};
+
 template <class T>
 Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const OptionalTensor (&probs)[2],
-                   const GraphArguments& arguments, const Settings& settings) {
+                   const Given& given, const GraphArguments& arguments, const Settings& settings) {
   const Tensor& a = student[0];
   const bool need_grad = arguments.need_grad;
   const Tensor grads[2] = {gradient<T>(a, need_grad), gradient<T>(student[1], need_grad)};
@@ -119,12 +124,19 @@ Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const
   Problem<T> problem{};
   problem.graphs = 1;
   Vectors<T>& x = problem.vectors;
-  describe(problem.graph[0], a.size(0), student[1].size(0), arguments);
+  Graph<T>& g = problem.graph[0];
+  if (given.kept.has_value()) {
+    for (const OptionalTensor* x : {&given.entropy, &given.threshold, &given.kept})
+      if (x->has_value()) may_touch(**x, false);
+    g.given_kept = given.kept->const_data_ptr<int64_t>(), g.given_threshold = given.threshold->const_data_ptr<T>();
+    if (given.entropy.has_value()) g.entropy = const_cast<T*>(given.entropy->const_data_ptr<T>());
+  }
+  describe(g, a.size(0), student[1].size(0), arguments);
   x.dims = a.size(1);
   for (int side = 0; side < 2; ++side) {
     x.count[side] = student[side].size(0);
     x.student[side] = input(student[side]), x.teacher[side] = input(teacher[side]);
-    if (!problem.graph[0].keep_all) x.probs[side] = input(*probs[side]), x.depth = probs[side]->size(1);
+    if (g.ranked()) x.probs[side] = input(*probs[side]), x.depth = probs[side]->size(1);
     if (need_grad) problem.output[side].out = output<T>(grads[side]);
   }
   problem.loss_out = output<T>(loss), problem.kept_out = output<int64_t>(kept);
@@ -133,10 +145,11 @@ Four relation_loss(const Tensor (&student)[2], const Tensor (&teacher)[2], const
 }
 
 Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_a, const Tensor& teacher_b,
-                        const OptionalTensor& probs_a, const OptionalTensor& probs_b, int64_t rank, double lerp_weight,
+                        const OptionalTensor& probs_a, const OptionalTensor& probs_b, const OptionalTensor& entropy,
+                        const OptionalTensor& threshold, const OptionalTensor& kept, int64_t rank, double lerp_weight,
                         double delta, double eps, bool exclude_self, bool need_grad, bool dense, int64_t half_level,
                         int64_t tile_edge, int64_t stored_entropy_bytes, const std::vector<int64_t>& brackets) {
-  check_graph(a, b, teacher_a, teacher_b, probs_a, probs_b, exclude_self);
+  check_graph(a, b, teacher_a, teacher_b, probs_a, probs_b, exclude_self, kept.has_value());
   check_settings(delta, eps);
   check_tile_edge(tile_edge);
   check_brackets(brackets);
@@ -144,9 +157,13 @@ Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_
   const OptionalTensor probs[2] = {probs_a, probs_b};
   const auto type = compute_type({&a, &b, &teacher_a, &teacher_b});
   check_half_level(half_level, type, dense);
+  check_given(a, b, entropy, threshold, kept, probs_a.has_value(), type);
+  Given given{entropy, threshold, kept};
+  if (entropy.has_value()) given.entropy = torch::stable::contiguous(*entropy);
+  const bool keep_all = !probs_a.has_value() && !entropy.has_value();
   const auto compute = type == ScalarType::Double ? relation_loss<double> : relation_loss<float>;
-  return compute(student, teacher, probs,
-                 {brackets, rank, lerp_weight, delta, eps, 1.0, !probs_a.has_value(), exclude_self, need_grad},
+  return compute(student, teacher, probs, given,
+                 {brackets, rank, lerp_weight, delta, eps, 1.0, keep_all, exclude_self, need_grad},
                  {dense, half_level, tile_edge, stored_entropy_bytes});
 }
 
@@ -260,7 +277,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
   m.def("cuda_refusal() -> str");  // why the current device cannot run the kernels; empty: it can
   m.def(
       "cuda_relation_loss(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
-      "int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, "
+      "Tensor? entropy, Tensor? threshold, Tensor? kept, int rank, float lerp_weight, float delta, float eps, bool exclude_self, bool need_grad, bool dense, "
       "int half_level, int tile_edge, int stored_entropy_bytes, int[] brackets) "
       "-> (Tensor loss, Tensor grad_a, Tensor grad_b, Tensor kept)");
   m.def(

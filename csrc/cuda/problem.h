@@ -105,6 +105,8 @@ template <class T> struct Graph {
   int64_t edges;   // how many are ranked,
   int64_t rank;    // the threshold's rank among them, and
   T lerp_weight;   // the weight of the value after it
+  const T* given_threshold;   // of a share of a graph, whose entropies, threshold and kept count the caller has:
+  const int64_t* given_kept;  // [1] each; else null
   T delta, eps;
   double weight;   // of the graph in the loss
   // Working memory.
@@ -122,6 +124,7 @@ template <class T> struct Graph {
   Packed<T> packed;
 
   VRM_HOST_DEVICE bool one_set() const { return first_b == 0; }
+  VRM_HOST_DEVICE bool ranked() const { return !keep_all && given_kept == nullptr; }  // here
 };
 
 // Edges [row, row + rows) x [column, column + columns) of the dense form; pairwise arrays have ld elements a row.

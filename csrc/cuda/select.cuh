@@ -320,6 +320,10 @@ template <class T> __global__ void __launch_bounds__(kThreads, 2)
 }
 
 template <class T> __device__ __forceinline__ void select_threshold(const Graph<T>& g, SelectState& state) {
+  if (!g.ranked()) {
+    if (thread_index() == 0) g.status->threshold = *g.given_threshold;
+    return;
+  }
   int held = 0;  // brackets, one after the other
   while (held < g.levels && holds(g, held)) ++held;
   Ordered<T> found = {};

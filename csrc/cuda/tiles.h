@@ -86,7 +86,8 @@ template <class T> class TiledGraph {
     Graph<T>& g = p_.graph[which_];
     Carver carver(p_.memory);
     carve_entropies(carver, g, base_, settings_);
-    if (!g.keep_all) select(carver);
+    if (g.ranked()) rank(carver);
+    if (!g.keep_all) launch(exact_kernel<T>, {2, sizeof(SelectState), kRankThreads}, stream_, p_, which_);
     carve_edges(carver, g, base_, settings_);
     launch(sums_kernel<T>, {sums_blocks(g_), 2 * kThreads * int64_t{sizeof(T)}}, stream_, p_, which_);
     launch(means_kernel<T>, {means_blocks(g_), kWarps * int64_t{sizeof(double)}}, stream_, p_, which_);
@@ -122,7 +123,8 @@ template <class T> class TiledGraph {
     if (g.keep_all) return;
     const bool stored = stores(g, settings);
     tile.entropy_ld = stored ? g.columns : tile.ld;
-    tile.entropy = carver.take<T>((stored ? g.rows : tile.rows) * tile.entropy_ld);
+    tile.entropy = g.ranked() ? carver.take<T>((stored ? g.rows : tile.rows) * tile.entropy_ld) : g.entropy;
+    if (!g.ranked()) return;
     if (stored) g.entropy = tile.entropy;
     g.entropy_depth = half ? 3 * g.depth : g.depth;
     if (half) g.probs = take_operand(carver, g.rows * g.entropy_depth, true, sizeof(T));
@@ -150,7 +152,7 @@ template <class T> class TiledGraph {
     tile.products = carver.take<T>(2 * gradient_products(g) * std::max(tile.rows, tile.columns) * width);
   }
 
-  void select(Carver carver) {
+  void rank(Carver carver) {
     plan_brackets(carver, p_.graph[which_], stored_);
     if constexpr (sizeof(T) == 4)
       if (g_.probs.half) launch(split_kernel<T>, {split_blocks(g_)}, stream_, p_, which_);
@@ -167,7 +169,6 @@ template <class T> class TiledGraph {
     });
     for (int round = 0; round < kRounds<T> && !stored_; ++round)
       use_missed(whole_tile<T>(nullptr, g_.rows, g_.columns), round);
-    launch(exact_kernel<T>, {2, sizeof(SelectState), kRankThreads}, stream_, p_, which_);
   }
 
   void use_missed(const Tile<T>& tile, int round) {

@@ -393,7 +393,7 @@ def _given_entropies(entropy_of, rank, weight):
     if form == "tiles":
         return int(torch.ops.vrm_kernels.cuda_relation_graph(*arguments, form, *sizes)[-1])
     new = form == "dense", 0, *sizes, cuda_backend._brackets(len(x))
-    return int(torch.ops.vrm_kernels.cuda_relation_loss(*arguments, *new)[-1])
+    return int(torch.ops.vrm_kernels.cuda_relation_loss(*arguments[:6], None, None, None, *arguments[6:], *new)[-1])
 
 
 def _assert_kept(q, percentile):
@@ -783,11 +783,32 @@ NOT_A_GRAPH = [
     ("name", "tuning"), [("cuda_relation_loss", (False, 0, 32, 0, [])), ("cuda_relation_graph", ("tiles", 32, 0))]
 )
 def test_the_operators_of_one_graph_refuse(host, name, tuning):
-    operator, good = getattr(torch.ops.vrm_kernels, name), (*GRAPH, 2, 0.0, 1.0, 1e-7, False, True, *tuning)
+    new = name == "cuda_relation_loss"
+    operator, given = getattr(torch.ops.vrm_kernels, name), (None, None, None) if new else ()
+    good = (*GRAPH, *given, 2, 0.0, 1.0, 1e-7, False, True, *tuning)
+    wrong = [(k + len(given) * (k > 5), *rest) for k, *rest in NOT_A_GRAPH]
     tile_edge = good.index(32, 12)
-    refuses(operator, good, [*NOT_A_GRAPH, (tile_edge, 0, "the edge of a tile must be positive, not 0")])
+    refuses(operator, good, [*wrong, (tile_edge, 0, "the edge of a tile must be positive, not 0")])
     with pytest.raises(RuntimeError, match=r"a and b must not be empty: they are \[0, 3\] and \[5, 3\]"):
         operator(torch.zeros(0, 3), GRAPH[1], torch.zeros(0, 3), *good[3:])
+
+
+def test_a_share_refuses(host):
+    operator, settings = torch.ops.vrm_kernels.cuda_relation_loss, (0, 0.0, 1.0, 1e-7, False, True, False, 0, 32, 0, [])
+    given = torch.zeros(4, 5), torch.tensor(1.0), torch.tensor(2)
+    wrong = [
+        (6, torch.zeros(5, 4), r"entropy must be \[4, 5\], not \[5, 4\]"),
+        (6, torch.zeros(4, 5).double(), "entropy must be Float, not Double"),
+        (7, None, "a threshold and a kept count are given both or neither"),
+        (7, torch.zeros(2), r"threshold must be one number, not \[2\]"),
+        (7, torch.tensor(1.0).double(), "threshold must be Float, not Double"),
+        (8, torch.tensor(2.0), "kept must be Long, not Float"),
+    ]
+    refuses(operator, (*GRAPH[:4], None, None, *given, *settings), wrong)
+    with pytest.raises(RuntimeError, match="entropies are given with a threshold and a kept count"):
+        operator(*GRAPH[:4], None, None, given[0], None, None, *settings)
+    with pytest.raises(RuntimeError, match="a threshold is given for a share: not both"):
+        operator(*GRAPH, *given, *settings)
 
 
 def test_the_operators_of_the_present_forms_refuse(host):
@@ -840,6 +861,12 @@ def module(host, monkeypatch):
     return backends.REGISTRY[cuda_host.NAME].load()
 
 
+@pytest.fixture(params=["tiles", "literal", "dense"])
+def sharing(host, monkeypatch, request):
+    set_form(monkeypatch, request.param)
+    return backends.REGISTRY[cuda_host.NAME].load()
+
+
 @FLOATS
 def test_counts_of_digits_are_torchs(module, dtype):
     check_counts(module, dtype)
@@ -869,16 +896,16 @@ def test_digits_that_no_pass_counts_are_refused(module):
 @FLOATS
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("percentile", [0.0, 30.0, 100.0])
-def test_shares_add_up_to_the_whole_graph(module, percentile, exclude_self, dtype):
-    check_shares(module, dtype, percentile=percentile, exclude_self=exclude_self, sizes=(17, 24))
+def test_shares_add_up_to_the_whole_graph(sharing, percentile, exclude_self, dtype):
+    check_shares(sharing, dtype, percentile=percentile, exclude_self=exclude_self, sizes=(17, 24))
 
 
-def test_shares_of_literal_edges(module):
-    check_shares(module, torch.float32, kind="opposite", sizes=(33, 2))
+def test_shares_of_literal_edges(sharing):
+    check_shares(sharing, torch.float32, kind="opposite", sizes=(33, 2))
 
 
 @pytest.mark.parametrize("relations", MODES)
-def test_a_group_of_one_process(module, relations, monkeypatch):
+def test_a_group_of_one_process(sharing, relations, monkeypatch):
     """Entropies stored, and computed again a few rows at a time."""
     case = Case((12, 7), relations=relations)
     with group_of_one():

@@ -86,10 +86,10 @@ class CudaBackend(Backend):
         (m, dims), n = sides.a.shape, len(sides.b)
         rank, weight = pruning.threshold_rank(percentile, m, n, exclude_self, compute_dtype(*sides))
         p, q = (None, None) if probs is None else probs
-        arguments = *sides, p, q, rank, weight, delta, eps, exclude_self, need_grad
+        vectors, numbers = (*sides, p, q), (rank, weight, delta, eps, exclude_self, need_grad)
         if staged := _staged(sides, [(m, n, dims)], 100 if probs is None else percentile):
-            return GraphResult(*_cuda.cuda_relation_loss(*arguments, *staged))
-        return GraphResult(*_cuda.cuda_relation_graph(*arguments, *TUNING[:3]))
+            return GraphResult(*_cuda.cuda_relation_loss(*vectors, None, None, None, *numbers, *staged))
+        return GraphResult(*_cuda.cuda_relation_graph(*vectors, *numbers, *TUNING[:3]))
 
     def vrm_loss(
         self,
@@ -127,6 +127,15 @@ class CudaBackend(Backend):
         grads: Sequence[Tensor],
     ) -> Tensor:
         threshold, kept, _, weight, delta, eps, exclude_self = settings
+        (m, dims), n = sides.a.shape, len(sides.b)
+        if staged := _staged(sides, [(m, n, dims)], 100):  # how many of its edges are kept is not known
+            numbers = 0, 0.0, delta, eps, exclude_self, bool(grads)
+            loss, *parts, _ = _cuda.cuda_relation_loss(
+                *sides, None, None, entropy, threshold, kept, *numbers, *staged[:-1], []
+            )
+            for grad, part in zip(grads, parts, strict=False):
+                grad.add_(part, alpha=weight)
+            return loss
         grad_a, grad_b = grads or (sides.a.new_empty(0), sides.a.new_empty(0))
         return _cuda.cuda_relation_share(
             *sides, entropy, grad_a, grad_b, threshold, kept, weight, delta, eps, exclude_self,
@@ -135,8 +144,15 @@ class CudaBackend(Backend):
 
 
 @torch.library.register_fake("vrm_kernels::cuda_relation_graph")
-@torch.library.register_fake("vrm_kernels::cuda_relation_loss")
 def _(a, b, teacher_a, teacher_b, probs_a, probs_b, rank, lerp_weight, delta, eps, exclude_self, need_grad, *tuning):
+    return tuple(empty_graph_result(Sides(a, b, teacher_a, teacher_b), need_grad))
+
+
+@torch.library.register_fake("vrm_kernels::cuda_relation_loss")
+def _(
+    a, b, teacher_a, teacher_b, probs_a, probs_b, entropy, threshold, kept, rank, lerp_weight, delta, eps, exclude_self,
+    need_grad, *tuning,
+):  # fmt: skip
     return tuple(empty_graph_result(Sides(a, b, teacher_a, teacher_b), need_grad))
 
 
