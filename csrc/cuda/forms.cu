@@ -131,8 +131,17 @@ void run(const Problem<T>& p, const Settings& settings, const Multiply<T>& multi
   launch(finish_kernel<T>, {finish_blocks(p), kFinishBytes<T>}, stream, p);
 }
 
-#define VRM_INSTANTIATE(T)                                    \
-  template int64_t plan(Problem<T>&, const Settings&, char*); \
+template <class T> void count_digits(const T* x, int64_t rows, int64_t columns, int64_t ld, const int64_t* prefixes,
+                                     int round, int64_t* digits, cudaStream_t stream) {
+  clear(digits, 2 * kBins, stream);
+  const int64_t most = 4 * int64_t{attribute(cudaDevAttrMultiProcessorCount)};
+  launch(digits_kernel<T>, {2 * std::min(rows, most), kBins * int64_t{sizeof(unsigned)}}, stream, x, rows, columns, ld,
+         prefixes, round, reinterpret_cast<unsigned long long*>(digits));
+}
+
+#define VRM_INSTANTIATE(T)                                                                                      \
+  template int64_t plan(Problem<T>&, const Settings&, char*);                                                   \
+  template void count_digits(const T*, int64_t, int64_t, int64_t, const int64_t*, int, int64_t*, cudaStream_t); \
   template void run(const Problem<T>&, const Settings&, const Multiply<T>&, cudaStream_t);
 VRM_INSTANTIATE(float)
 VRM_INSTANTIATE(double)

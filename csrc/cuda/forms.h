@@ -46,6 +46,10 @@ template <class T> using Multiply = std::function<void(const Product<T>&)>;
 // are needed, then with them.
 template <class T> int64_t plan(Problem<T>& problem, const Settings& settings, char* memory);
 
+// digits [2, kBins] of x, whose rows have ld elements, behind two prefixes, by a round of kDigitBits: see digits_kernel.
+template <class T> void count_digits(const T* x, int64_t rows, int64_t columns, int64_t ld, const int64_t* prefixes,
+                                     int round, int64_t* digits, cudaStream_t stream);
+
 // Computes the planned problem. Queues work on the stream and returns; never waits for it. Throws std::runtime_error
 // where CUDA refuses a launch.
 template <class T>

@@ -167,6 +167,34 @@ Four cuda_relation_loss(const Tensor& a, const Tensor& b, const Tensor& teacher_
                  {dense, half_level, tile_edge, stored_entropy_bytes});
 }
 
+template <class T> Tensor digits_of(const Tensor& x, const Tensor& prefixes, int64_t round, int64_t bits) {
+  Tensor digits = empty_like<int64_t>(prefixes, {2, kBins});
+  for (const Tensor* given : {&x, &prefixes}) may_touch(*given, false);
+  const OnDevice device(x);
+  count_digits(x.const_data_ptr<T>(), x.size(0), x.size(1), x.stride(0), prefixes.const_data_ptr<int64_t>(),
+               static_cast<int>(round), output<int64_t>(digits), device.stream());
+#if defined(VRM_CUDA_SHIM)
+  shim::forget_buffers();
+#endif
+  return torch::stable::narrow(digits, 1, 0, int64_t{1} << bits);
+}
+
+Tensor cuda_digits(const Tensor& x, const Tensor& prefixes, int64_t shift, int64_t bits) {
+  STD_TORCH_CHECK(x.dim() == 2, "the entropies must be [m, n], not ", sizes_of(x));
+  const int64_t width = 8 * static_cast<int64_t>(x.element_size()), round = (width - shift - bits) / kDigitBits;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
+                  "the entropies must be float32 or float64, not ", name_of(x));
+  STD_TORCH_CHECK(shift >= 0 && width - shift - bits == round * kDigitBits && round >= 0 &&
+                      bits == (shift > 0 ? kDigitBits : width - round * kDigitBits) && bits <= kDigitBits,
+                  "no round counts ", bits, " bits from bit ", shift, " on: they have ", kDigitBits,
+                  " from the top, and the last what is left");
+  check_device(x, "the entropies", x);
+  check_dense_rows(x, "the entropies");
+  check_vector(prefixes, "prefixes", 2, x);
+  check_type(prefixes, "prefixes", ScalarType::Long);
+  return (x.scalar_type() == ScalarType::Double ? digits_of<double> : digits_of<float>)(x, prefixes, round, bits);
+}
+
 // ---- the loss of a batch -------------------------------------------------------------------------------------------
 
 struct CrossEntropies {
@@ -274,6 +302,7 @@ std::string cuda_refusal() {
 }  // namespace vrm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vrm_kernels, m) {
+  m.def("cuda_digits(Tensor x, Tensor prefixes, int shift, int bits) -> Tensor");
   m.def("cuda_refusal() -> str");  // why the current device cannot run the kernels; empty: it can
   m.def(
       "cuda_relation_loss(Tensor a, Tensor b, Tensor teacher_a, Tensor teacher_b, Tensor? probs_a, Tensor? probs_b, "
@@ -293,6 +322,7 @@ STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vrm_kernels, VRM_DISPATCH_KEY, m) {
+  m.impl("cuda_digits", TORCH_BOX(&vrm::cuda::cuda_digits));
   m.impl("cuda_relation_loss", TORCH_BOX(&vrm::cuda::cuda_relation_loss));
   m.impl("cuda_vrm_loss", TORCH_BOX(&vrm::cuda::cuda_vrm_loss));
 }

@@ -8,6 +8,8 @@
 namespace vrm {
 namespace cuda {
 
+constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;  // of a key, that a round of counting looks at
+
 enum class Dtype { float64,
                    float32,
                    bfloat16,

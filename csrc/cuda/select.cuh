@@ -13,7 +13,6 @@ namespace vrm {
 namespace cuda {
 
 constexpr int kRankThreads = 1024;  // of a block that orders numbers
-constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 constexpr int kBatchOfThread = 8;  // numbers in flight
 
 template <class T> using Key = std::conditional_t<sizeof(T) == 4, uint32_t, unsigned long long>;
@@ -273,6 +272,27 @@ template <class T> __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < kCountOfThread; ++k)
     if (inside >> k & 1u && place < g.level[level].room) g.level[level].collected[place++] = x[k];
+}
+
+// For several processes, whose counts add up: how many of x [rows, columns] have each digit of a round, of those that
+// begin with a prefix; half of the blocks follow either one. Those of graph/selection.py are signed.
+template <class T> __global__ void __launch_bounds__(kThreads)
+    digits_kernel(const T* x, int64_t rows, int64_t columns, int64_t ld, const int64_t* prefixes, int round,
+                  unsigned long long* digits) {
+  unsigned* counts = reinterpret_cast<unsigned*>(shared_memory());
+  const int of = blockIdx.x & 1;
+  const uint64_t negative = round == 0 ? 0 : uint64_t{1} << (round * kDigitBits - 1);  // as many prefixes are
+  const Key<T> found = round == 0 ? 0 : static_cast<Key<T>>(static_cast<uint64_t>(prefixes[of]) + negative);
+  for (int k = thread_index(); k < kBins; k += kThreads) counts[k] = 0;
+  __syncthreads();
+  for (int64_t row = blockIdx.x / 2; row < rows; row += gridDim.x / 2)
+    for (int64_t first = 0; first < columns; first += kThreads) {
+      const int64_t column = first + thread_index();
+      count_digit(column < columns ? x[row * ld + column] : kNotANumber<T>, true, found, round, counts);
+    }
+  __syncthreads();
+  for (int k = thread_index(); k < kBins; k += kThreads)
+    if (counts[k] != 0) atomicAdd(&digits[of * kBins + k], static_cast<unsigned long long>(counts[k]));
 }
 
 // ---- the threshold ---------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ FOLDER = ROOT / "csrc" / "cuda"
 FORMS, PRESENT = FOLDER / "forms.cu", FOLDER / "steps" / "relation_graphs.cu"
 # The kernels of the forms literal and dense, in the order of the stages; and those of csrc/cuda/steps.
 KERNELS = (
-    "prepare", "entropy", "sample", "bracket", "count", "missed", "exact", "sums", "means", "pack", "split", "dense",
-    "add", "literal", "literal_tile", "finish",
+    "prepare", "entropy", "sample", "bracket", "count", "digits", "missed", "exact", "sums", "means", "pack", "split",
+    "dense", "add", "literal", "literal_tile", "finish",
 )  # fmt: skip
 STEPS = re.findall(
     r"\w+", re.search(r"enum class Step \{(.*?)\}", (FOLDER / "steps/steps.cuh").read_text(), re.DOTALL)[1]

@@ -39,7 +39,7 @@ import vrm_kernels.functional as VF
 from vrm_kernels import backends
 from vrm_kernels.backends.contract import LossResult, Sides, Views
 from vrm_kernels.distributed import shares as share_module
-from vrm_kernels.graph import forms, pruning
+from vrm_kernels.graph import forms, pruning, selection
 
 # Tiles as small as they get, so that small graphs have many, and border on every side.
 FORMS = {
@@ -215,6 +215,9 @@ def test_every_kernel_is_run(host, monkeypatch):
         set_form(monkeypatch, form)
         evaluate(cuda_host.NAME, make_logits(Case((20, 6)), dtype, seed=0))
     evaluate(cuda_host.NAME, make_logits(Case((20, 6)), torch.bfloat16, seed=0))  # in the form dense
+    for dtype in (torch.float32, torch.float64):  # for process groups
+        digit = selection.digits(torch.finfo(dtype).bits)[0]
+        torch.ops.vrm_kernels.cuda_digits(torch.rand(3, 4, dtype=dtype), torch.zeros(2, dtype=torch.int64), *digit)
     names = cuda_host.kernels_run(host)
     steps = [f"steps::step_kernel<{{}}, (vrm::cuda::steps::Step){k}>" for k in range(len(STEPS))]
     new = [f"{name}_kernel<{{}}>" for name in KERNELS]
@@ -832,7 +835,11 @@ def test_the_operators_of_the_present_forms_refuse(host):
         (1, whole[:1], r"prefixes must be \[2\], not \[1\]"),
         (1, whole.int(), "prefixes must be Long, not Int"),
     ]
-    refuses(ops.cuda_count_digits, (x, whole, 21, 11), wrong)
+    for count in (ops.cuda_count_digits, ops.cuda_digits):
+        refuses(count, (x, whole, 21, 11), wrong)
+    for shift, bits in ((20, 11), (10, 10), (0, 11), (-1, 11), (21, 12)):
+        with pytest.raises(RuntimeError, match=f"no round counts {bits} bits from bit {shift} on"):
+            ops.cuda_digits(x, whole, shift, bits)
     a, b = torch.zeros(4, 3), torch.zeros(5, 3)
     numbers = torch.tensor(1.0), torch.tensor(2)
     good = (a, b, a, b, x, a.clone(), b.clone(), *numbers, 1.0, 1.0, 1e-7, False, True, 32)
@@ -868,8 +875,8 @@ def sharing(host, monkeypatch, request):
 
 
 @FLOATS
-def test_counts_of_digits_are_torchs(module, dtype):
-    check_counts(module, dtype)
+def test_counts_of_digits_are_torchs(sharing, dtype):
+    check_counts(sharing, dtype)
 
 
 @FLOATS
@@ -880,7 +887,8 @@ def test_opcheck_operators_of_a_share(module, dtype):
     shift = 8 * dtype.itemsize
     for bits in (11, 11):
         shift -= bits
-        torch.library.opcheck(op.cuda_count_digits, (entropy, torch.tensor([0, -3]), shift, bits))
+        for count in (op.cuda_count_digits, op.cuda_digits):
+            torch.library.opcheck(count, (entropy, torch.tensor([0, -3]), shift, bits))
     numbers = torch.tensor(1.5, dtype=dtype), torch.tensor(7)
     for need_grad, given in itertools.product((False, True), (entropy, None)):
         grads = [torch.zeros_like(x) if need_grad else x.new_empty(0) for x in (a, b)]

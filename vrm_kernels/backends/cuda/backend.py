@@ -116,7 +116,8 @@ class CudaBackend(Backend):
         return with_cross_entropies(relations, views, labels, class_weight, settings, need_grad)
 
     def count_digits(self, entropy: Tensor, prefixes: Tensor, shift: int, bits: int) -> Tensor:
-        return _cuda.cuda_count_digits(entropy, prefixes, shift, bits)
+        count = _cuda.cuda_digits if TUNING.form in STAGED else _cuda.cuda_count_digits
+        return count(entropy, prefixes, shift, bits)
 
     def relation_share(
         self,
@@ -171,6 +172,7 @@ def _(s, v, t, u, alpha, beta, ranks, lerp_weights, keep_all, delta, eps, comple
 
 
 @torch.library.register_fake("vrm_kernels::cuda_count_digits")
+@torch.library.register_fake("vrm_kernels::cuda_digits")
 def _(x, prefixes, shift, bits):
     return prefixes.new_empty(len(prefixes), 2**bits)
 
