@@ -202,7 +202,7 @@ template <class T> __device__ __forceinline__ void split_vertex(const Problem<T>
   const int64_t vertex = row ? v : g.first_b + v;
   const int view = vertex >= g.split;
   for (int64_t k = lane_index(); k < g.depth; k += 32) {
-    const int64_t at = v * 3 * g.depth + k, own = vertex - view * g.split;
+    const int64_t at = v * g.entropy_depth + k, own = vertex - view * g.split;
     const T prob = p.batch.samples == 0 ? element<T>(p.vectors.probs[!row], v, k)
                                         : probability(p.batch, view, which == 0 ? own : k, which == 0 ? k : own);
     const T x = row ? prob * probs_scale : -log(prob + static_cast<T>(kEntropyEps)) * kSurprisalsScale;
@@ -211,6 +211,7 @@ template <class T> __device__ __forceinline__ void split_vertex(const Problem<T>
     store(to, at + g.depth, row ? x : low);
     store(to, at + 2 * g.depth, row ? low : x);
   }
+  for (int64_t k = 3 * g.depth + lane_index(); k < g.entropy_depth; k += 32) store(to, v * g.entropy_depth + k, T(0));
 }
 
 template <class T>

@@ -174,7 +174,7 @@ template <class T> struct Vectors {
 // What finish needs of the batch: written by select.
 struct Totals {
   double cross_entropy[2];  // means
-  double divisor[2];        // of the gradients: infinite where a cross-entropy does not count
+  double divisor[2];        // of the gradients
   int poisoned;             // an input is not finite, or a label is none
 };
 

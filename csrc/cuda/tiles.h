@@ -126,7 +126,7 @@ template <class T> class TiledGraph {
     tile.entropy = g.ranked() ? carver.take<T>((stored ? g.rows : tile.rows) * tile.entropy_ld) : g.entropy;
     if (!g.ranked()) return;
     if (stored) g.entropy = tile.entropy;
-    g.entropy_depth = half ? 3 * g.depth : g.depth;
+    g.entropy_depth = half ? ceil_div(3 * g.depth, 8) * 8 : g.depth;  // rows of float16 at multiples of 16 bytes
     if (half) g.probs = take_operand(carver, g.rows * g.entropy_depth, true, sizeof(T));
     if (half) g.surprisals = take_operand(carver, g.columns * g.entropy_depth, true, sizeof(T));
   }

@@ -645,6 +645,17 @@ def test_products_are_as_many_as_the_roofline_counts(host, monkeypatch, logits, 
     assert units[logits == "f32"] == 0
 
 
+def test_float16_sums_that_the_user_allowed_are_not_taken(host, monkeypatch):
+    set_form(monkeypatch, "dense")
+    before = host.cuda_shim_multiply_adds(1)
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        assert_parity(cuda_host.NAME, Case((35, 6)), torch.float16)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert host.cuda_shim_multiply_adds(1) == before
+
+
 @pytest.mark.parametrize("size", [1e-6, 1e3, 1e30])
 def test_what_is_given_for_probabilities_may_be_of_any_size(host, monkeypatch, size):
     """float16 operands would overflow from 4 on if they were scaled for a softmax."""

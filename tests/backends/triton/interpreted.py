@@ -189,6 +189,12 @@ class TestForms(Forms):
             result = evaluate(NAME, bad, unreliable_pruning_percentile=0.0)
             assert result.loss.isnan() and all(grad.isnan().all() for grad in result.grads) and result.kept == (0, 0)
 
+    def test_one_vertex_on_both_sides_has_no_edges(self, form):
+        x, teacher, probs = torch.randn(1, 6), torch.randn(1, 6), torch.ones(1, 1)
+        settings = GraphSettings(30.0, 1.0, 1e-7, True)
+        result = BACKEND.relation_graph(Sides(x, x, teacher, teacher), (probs, probs), settings, True)
+        assert float(result.loss) == 0 and int(result.kept) == 0 and not result.grad_a.any()
+
     @BLOCKS_TOO
     @pytest.mark.parametrize("exclude_self", [False, True])
     @pytest.mark.parametrize("percentile", [30.0, 100.0])

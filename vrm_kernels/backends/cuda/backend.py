@@ -71,7 +71,7 @@ def _float16_level(vectors: Sequence[Tensor]) -> int:
     """What operands of products are, csrc/cuda/forms.h: 0: as computed; 1: float16, sums of two for the entropies;
     2: sums of two for the edges as well; 3: and for the gradient."""
     dtypes = {x.dtype for x in vectors}
-    if torch.float64 in dtypes:
+    if torch.float64 in dtypes or torch.backends.cuda.matmul.allow_fp16_accumulation:  # sums in float16 are too short
         return 0
     if torch.float32 in dtypes:
         return {"highest": 0, "high": 3, "medium": 1}[float32_products()]

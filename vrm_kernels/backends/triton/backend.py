@@ -24,7 +24,7 @@ from vrm_kernels.backends.triton.arrays import Arrays
 from vrm_kernels.backends.triton.counting import on_device
 from vrm_kernels.backends.triton.launches import Given, Problem
 from vrm_kernels.backends.triton.prepare import Targets
-from vrm_kernels.graph import forms
+from vrm_kernels.graph import forms, pruning
 
 NO_TARGETS = Targets(None, None)
 
@@ -56,7 +56,7 @@ class TritonBackend(Backend):
     ) -> GraphResult:
         (m, dims), n = sides.a.shape, len(sides.b)
         percentile, delta, eps, exclude_self = settings
-        if probs is None or percentile >= 100:
+        if probs is None or percentile >= 100 or pruning.edge_count(m, n, exclude_self) == 0:
             probs, percentile = None, 100.0
         sizes = ((m, n, dims),)
         form = forms.form(sizes, percentile)

@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vrm_kernels.backends.triton.arrays import PADDING
 from vrm_kernels.backends.triton.edge import wide
 from vrm_kernels.backends.triton.operands import FUSED_MULTIPLY_ADD, product
 from vrm_kernels.backends.triton.select import to_key
 
 BINS = tl.constexpr(2048)
 COUNT = {"BLOCK": 4096, "num_warps": 8, **FUSED_MULTIPLY_ADD}
-ROW_MULTIPLE = 16  # of the elements from one row of entropies to the next
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def add_digits(
         _add(histograms + (1 << BITS), digit, counted & (begin == high))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "count"])
 def digits_kernel(
     values,  # [rows, row_stride], of which `columns` are counted
     columns, count, row_stride,
@@ -61,7 +61,7 @@ def on_device(device: torch.device):
 def entropy_of_logs(probs_a: Tensor, log_probs_b: Tensor) -> Tensor:
     """As :func:`vrm_kernels.graph.pruning.entropy_of_logs`, in rows as far apart as pairwise buffers."""
     m, n = len(probs_a), len(log_probs_b)
-    entropy = probs_a.new_empty(m, -(-n // ROW_MULTIPLE) * ROW_MULTIPLE)[:, :n]
+    entropy = probs_a.new_empty(m, -(-n // PADDING.value) * PADDING.value)[:, :n]
     product(probs_a, log_probs_b, entropy)
     return entropy.neg_()
 

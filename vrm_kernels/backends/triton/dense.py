@@ -7,7 +7,7 @@ student scaled; a number is a sum of one or two short ones: :func:`vrm_kernels.b
 import triton
 import triton.language as tl
 
-from vrm_kernels.backends.triton.arrays import SIZES, matrix_size, sizes_of
+from vrm_kernels.backends.triton.arrays import SIZES, matrix_size, padded, sizes_of
 from vrm_kernels.backends.triton.edge import COUNT_EPS, certified_tile, is_finite, number, wide
 from vrm_kernels.backends.triton.operands import store_coefficient, store_operand
 
@@ -157,7 +157,7 @@ def dense_kernel(
     i, j = first_row + row, tile_j * COLUMNS + tl.arange(0, COLUMNS)
     in_rows = (local < room) & (row < block_rows)
     inside = in_rows[:, None] & (j < n)[None]
-    stride = tl.multiple_of((n + 15) // 16 * 16, 16)
+    stride = tl.multiple_of(padded(n), 16)
     at = wide(local)[:, None] * stride + j[None]
     plane = wide(room) * stride
     dot_s, dot_t = tl.load(products + at, inside, 0.0), tl.load(products + plane + at, inside, 0.0)

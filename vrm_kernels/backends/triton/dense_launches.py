@@ -52,7 +52,7 @@ def precision_of(logits: tuple[Tensor, ...], compute: torch.dtype) -> Precision:
         return {
             "highest": Precision(compute, 1, 1, 1),
             "high": Precision(torch.bfloat16, 3, 3, 3),
-            "medium": Precision(torch.bfloat16, 1, 1, 1),
+            "medium": Precision(torch.bfloat16, 1, 3, 1),
         }[float32_products()]
     if torch.float16 in kinds:  # three more digits than bfloat16, and too short a range for the coefficients
         return Precision(torch.bfloat16, 3, 3, 3)
@@ -232,7 +232,7 @@ def _graph(call: Call, precision: Precision, targets: Targets, blocks_of: Blocks
     products = new(3, rows_at_once, stride)
     terms = 2 if split else 1
     coefficients = new(terms * 2 * blocks_of.rows * stride * grads, dtype=precision.operand)
-    sums = new(2 * (across * blocks_of.rows + down * n) if grads else 0)
+    sums = new(padded(2 * across * blocks_of.rows) + 2 * down * n if grads else 0)
     keep_all = problem.percentile >= 100
     a, b = packed[0, :, :m], packed[-1, :, first_b : first_b + n]
     vectors = packed[0, ::2]  # student and residual: by gamma, and by beta
@@ -243,7 +243,7 @@ def _graph(call: Call, precision: Precision, targets: Targets, blocks_of: Blocks
         block = {"first_row": first, "block_rows": rows}
         weights = coefficients[: terms * 2 * rows * stride].view(terms, 2, rows * grads, stride)
         row_sums = sums[: 2 * across * rows].view(2, across, rows * grads)
-        column_sums = sums[2 * across * rows :][: 2 * down * n].view(2, down, n * grads)
+        column_sums = sums[padded(2 * across * rows) :][: 2 * down * n].view(2, down, n * grads)
         for row in range(0, rows, rows_at_once):
             count = min(rows_at_once, rows - row)
             product(a[:, first + row : first + row + count], b, products[:, :count, :n])
@@ -273,3 +273,4 @@ def _graph(call: Call, precision: Precision, targets: Targets, blocks_of: Blocks
         if graph == 0 and first == 0:
             job, jobs = 0, vertices + 1
         launches.literal(call, targets, job, jobs, arrays=common["arrays"], **block)
+    blocks_of.operands = None  # large, where they were kept for the edges

@@ -100,7 +100,7 @@ class Call:
 @functools.lru_cache(maxsize=64)
 def layout(
     sizes: tuple[tuple[int, int, int], ...], rows_a: int, rows_b: int, classes: int, depth: int | None,
-    complete: bool, exclude_self: bool, ranked: bool, dense: bool, need_grad: bool,
+    exclude_self: bool, ranked: bool, dense: bool, need_grad: bool,
 ) -> Layout:  # fmt: skip
     """``depth`` is that of given probabilities; ``ranked`` says whether edges are pruned at all."""
     rows = padded(max(rows_a, rows_b))
@@ -151,8 +151,7 @@ def lay_out(problem: Problem, given: Given | None = None) -> Call:
     depth = None if problem.probs is None else problem.probs[0].shape[1]
     ranked, dense = problem.percentile < 100 and given is None, problem.form == "dense"
     plan = layout(
-        problem.sizes, rows_a, rows_b, classes, depth, problem.complete, problem.exclude_self,
-        ranked, dense, problem.need_grad,
+        problem.sizes, rows_a, rows_b, classes, depth, problem.exclude_self, ranked, dense, problem.need_grad
     )  # fmt: skip
     # One allocation of each type for all that nobody keeps, cut up where 16 bytes begin.
     new = functools.partial(torch.empty, device=logits[0].device)
