@@ -56,7 +56,7 @@ def _tiles(monkeypatch):
         (launches, "PREPARE", {"BLOCK": 16}),
         (launches, "COUNT", {"BLOCK": 1024}),
         (launches, "EXACT", {"BLOCK": 1024}),
-        (launches, "LITERAL", {"CHUNK": 16}),
+        (launches, "LITERAL", {"CHUNK": 16, "SUMMARY": 16}),
         (launches, "DENSE", {"COLUMNS": 16}),
         (launches, "FINISH", {"BLOCK": 16}),
         (dense_launches, "MOMENTS", {"BLOCK": 16}),

@@ -268,9 +268,9 @@ def _graph(call: Call, precision: Precision, targets: Targets, blocks_of: Blocks
                     weight=call.weights[graph], GRAPH=graph, KEEP_ALL=keep_all, ADD=add,
                     TERMS=precision.gradient_terms, PACKED_TERMS=precision.terms, **common, **GRADIENTS,
                 )  # fmt: skip
-        # The first launch of all sums up as well.
-        job, jobs = 1 + sum(call.layout.vertices_of[:graph]), vertices
-        if graph == 0 and first == 0:
-            job, jobs = 0, vertices + 1
-        launches.literal(call, targets, job, jobs, arrays=common["arrays"], **block)
+        # A vertex of the block's rows or of side b; all of a complete graph are of side b.
+        job, jobs = 1 + sum(call.layout.vertices_of[:graph]), n if problem.complete else rows + n
+        if graph == 0 and first == 0:  # the first launch of all sums up as well
+            job, jobs = 0, jobs + 1
+        launches.literal(call, targets, graph, job, jobs, arrays=common["arrays"], **block)
     blocks_of.operands = None  # large, where they were kept for the edges

@@ -27,7 +27,7 @@ FEW_EDGES, ENTROPY_FEW = 2**16, {"BLOCK": 16, "DEPTH": 32, "num_warps": 4}
 BRACKET = {"BLOCK": 8192, "num_warps": 16}
 COUNT = {"BLOCK": 4096, "num_warps": 8}
 EXACT = {"BLOCK": 4096, "num_warps": 16}
-LITERAL = {"CHUNK": 128, "num_warps": 8}
+LITERAL = {"CHUNK": 128, "SUMMARY": 2048, "num_warps": 8}
 LITERAL_TILE = 4096  # components of a tile, in float32: of smaller ones ptxas spills a few words
 LITERAL_BYTES = 2**14  # of a vertex, or a part of it, in registers of one block
 DENSE = {"ROWS": 8, "COLUMNS": 128, "num_warps": 8}
@@ -273,12 +273,15 @@ def _of_graphs(name: str, values: tuple) -> dict:
     return {f"{name}_0": values[0], f"{name}_1": values[-1]}
 
 
-def literal(call: Call, targets: Targets, first_job: int = 0, jobs: int | None = None, **block) -> None:
-    """Of all edges that are kept; in the dense form of a ``block`` of rows, those that ``dense`` left."""
+def literal(
+    call: Call, targets: Targets, graph: int | None = None, first_job: int = 0, jobs: int | None = None, **block
+) -> None:
+    """Of all edges that are kept; in the dense form of a ``block`` of rows of ``graph``, those that ``dense`` left."""
     problem, edges, dense = call.problem, call.layout.edges, call.problem.form == "dense"
     shapes = [_literal_shape(padded(dims), call.dtype.itemsize) for _, _, dims in problem.sizes]
     (width_0, parts_0, others_0), (width_1, parts_1, others_1) = shapes[0], shapes[-1]
-    jobs, most = jobs or 1 + sum(call.layout.vertices_of), max(parts_0, parts_1)
+    jobs = jobs or 1 + sum(call.layout.vertices_of)
+    most = max(parts_0, parts_1) if graph is None else shapes[graph][1]
     literal_kernel[(jobs, most) if most > 1 else (jobs,)](
         **call.common | {"first_row": 0, "block_rows": 0} | block, rows=call.layout.rows, first_job=first_job,
         edges_0=problem.whole_edges or edges[0], edges_1=edges[-1],

@@ -98,6 +98,8 @@ def _vertex(
     m_0, n_0, _, vertices_0, _ = sizes_of(0, rows_a, rows_b, classes, COMPLETE)
     m, n, first_b, vertices, width = sizes_of(graph, rows_a, rows_b, classes, COMPLETE)
     size = matrix_size(rows_a, rows_b, classes)
+    if TILE_ROWS > 0 and not COMPLETE:  # those that have edges in the block: its rows, then side b
+        v += tl.where(v < block_rows, first_row, first_b - block_rows)
     number_of = graph * vertices_0 + v
     entropies, lists, flags, across = arrays.entropies, arrays.lists, arrays.flags, 0 * n
     if TILE_ROWS == 0:  # those of both graphs; else of a block of one
@@ -195,11 +197,12 @@ def _summary(arrays, rows, TARGET: tl.constexpr, BLOCK: tl.constexpr):
     fine = tl.full([BLOCK], 1, tl.int32)
     real, virtual = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
     weights = tl.zeros([BLOCK], T)
-    for start in range(0, 4 * rows, BLOCK):
+    for start in range(0, rows, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        fine = tl.minimum(fine, tl.load(arrays.finite + k, k < 4 * rows, 1))
+        inside = k < rows
+        for view in tl.static_range(4):
+            fine = tl.minimum(fine, tl.load(arrays.finite + view * rows + k, inside, 1))
         if TARGET != NO_TARGET:
-            inside = k < rows
             real += tl.load(arrays.cross_entropy + k, inside, 0.0)
             virtual += tl.load(arrays.cross_entropy + rows + k, inside, 0.0)
             weights += tl.load(arrays.cross_entropy + 2 * rows + k, inside, 0.0)
@@ -226,6 +229,7 @@ def literal_kernel(
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,  # of edges that share a flag, in the dense form; else 0
     WIDTH_0: tl.constexpr, PARTS_0: tl.constexpr, OTHERS_0: tl.constexpr,
     WIDTH_1: tl.constexpr, PARTS_1: tl.constexpr, OTHERS_1: tl.constexpr, CHUNK: tl.constexpr,
+    SUMMARY: tl.constexpr,  # rows that the first job takes at once
 ):  # fmt: skip
     """The first job sums up, the others take a vertex each, those of graph 0 first; or a part of one."""
     T: tl.constexpr = arrays.loss.dtype.element_ty
@@ -240,7 +244,7 @@ def literal_kernel(
     part = tl.program_id(1) if PARTS_0 > 1 or PARTS_1 > 1 else 0
     if job < 0:
         if part == 0:
-            _summary(arrays, rows, TARGET, CHUNK)
+            _summary(arrays, rows, TARGET, SUMMARY)
             if KEEP_ALL:
                 tl.store(arrays.kept, wide(edges_0))
                 tl.store(arrays.kept + 1, wide(edges_1))
