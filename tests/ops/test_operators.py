@@ -22,7 +22,7 @@ CPP = {
     "cpu_relation_share",
 }
 CUDA = {
-    "cuda_vrm_loss", "cuda_relation_loss", "cuda_vrm_graphs", "cuda_relation_graph", "cuda_count_digits",
+    "cuda_vrm_loss", "cuda_relation_loss", "cuda_vrm_graphs", "cuda_relation_graph", "cuda_count_digits", "cuda_digits",
     "cuda_relation_share",
 }  # fmt: skip
 CUDA |= {"cuda_refusal"}  # takes no tensor; called in tests/backends/cuda/test_host.py
