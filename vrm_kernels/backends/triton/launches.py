@@ -70,9 +70,8 @@ class Layout(NamedTuple):
     entropies: tuple[int, ...]  # where those of each graph begin
     depths: tuple[int, ...]  # of a row of probabilities, padded
     ranking: tuple[int, int]  # elements of the probabilities, and of the surprisals
-    sources: tuple[
-        tuple[int, ...], ...
-    ]  # of each bracket, and of what the last one left: how many may be in each graph
+    # Of each bracket, and of what the last one left: how many there may be in each graph.
+    sources: tuple[tuple[int, ...], ...]
     matrix: int  # elements of the vertices of all graphs
     floats: dict[str, int]  # elements of the arrays of floating-point numbers
     integers: dict[str, int]  # of 32 bits

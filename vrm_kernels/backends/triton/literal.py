@@ -103,7 +103,7 @@ def _vertex(
     number_of = graph * vertices_0 + v
     entropies, lists, flags, across = arrays.entropies, arrays.lists, arrays.flags, 0 * n
     if TILE_ROWS == 0:  # those of both graphs; else of a block of one
-        m, block_rows = m, m
+        block_rows = m
         entropies += graph * wide(m_0) * n_0
         lists += 2 * graph * wide(m_0) * n_0
     row, column = v - first_row, v - first_b
