@@ -85,7 +85,7 @@ def draw_dense(ax):
         ax.text(16, y + 2, what, ha="left", va="center", size=8, color=INK)
         if k:
             arrow(ax, (7.5, y + 5.2), (7.5, y + 4))
-    ax.text(0, 2.6, "Before, a graph: sums, means, pack, split; twice H by tiles: count, advance.\n"
+    ax.text(0, 2.6, "Before, a graph: split, H by tiles, bracket and count, exact; sums, means, pack.\n"
             "After, both graphs: finish.", va="top", size=8)  # fmt: skip
     ax.set_xlim(-1, 58)
     ax.set_ylim(-2, 36)
